@@ -1,0 +1,269 @@
+"""The training loop: one for `--train=full` and `--train=high-res`, which differ in what is trained and where fakes come from."""
+
+import dataclasses
+import functools
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m2m_stylegan import ada, checkpoint, losses, phases, slicing, stats
+from m2m_stylegan.bank import Bank
+from m2m_stylegan.datasets import ImageDataset, InfiniteSampler
+from m2m_stylegan.images import from_uint8, save_image_grid
+from m2m_stylegan.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """Everything about a run that is neither a file nor a network. Units are in the names; images count as shown to D."""
+
+    train: str = 'full'                      # 'full' or 'high-res'
+    d_trains: str = 'all'                    # which part of D is trained in high-res training: 'all' or 'high-res'
+    slice_res: int | None = None             # r; None for 'full'
+    seed: int = 0
+    batch_size: int = 16
+    batch_gpu: int = 16                      # images per forward pass; gradients are summed up to batch_size
+    total_kimg: float = 1000
+    max_seconds: float | None = None         # wall clock since `start_time`
+    kimg_per_tick: float = 4
+    snapshot_ticks: int = 50
+    G_lr: float = 0.0025
+    D_lr: float = 0.0025
+    ema_kimg: float = 5
+    ema_rampup: float | None = 0.05
+    loss: phases.LossOptions = phases.LossOptions()
+    ada_target: float | None = None          # None: p stays what it is
+    ada_interval: int = 4                    # batches between adjustments of p
+    ada_kimg: float = 500
+    refresh_interval: int = 4                # batches between replacements of one chunk of the bank
+    force_fp32: bool = False                 # run blocks marked fp16 in float32; half precision is 11 times slower on a CPU
+
+
+@dataclasses.dataclass
+class State:
+    """All that changes while training; `checkpoint` stores and restores exactly this."""
+
+    G: torch.nn.Module
+    D: torch.nn.Module
+    G_ema: torch.nn.Module
+    augment_pipe: torch.nn.Module | None
+    cur_nimg: int = 0
+    batch_idx: int = 0
+    cur_tick: int = 0
+    elapsed_seconds: float = 0.0
+    real_signs: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros([2], dtype=torch.float64))
+    """Sum and number of sign(D(real)) since ADA last adjusted p."""
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag, so that the loop can save before it leaves; a second one interrupts at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> 'StopRequest':
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # Not the main thread: signals are somebody else's business.
+                break
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def batches(dataset: ImageDataset, batch_size: int, seed: int, start_idx: int, device: torch.device, workers: int) -> Iterator[phases.Batch]:
+    """Endless batches in the official order: img [N, C, R, R] float32 in [-1, 1], c [N, label_dim] float32, on `device`."""
+    in_memory = dataset.in_memory()
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=InfiniteSampler(len(dataset), seed=seed, start_idx=start_idx), batch_size=batch_size,
+        num_workers=0 if in_memory else workers, pin_memory=device.type == 'cuda')
+    for img, c in loader:
+        yield {'img': from_uint8(img.to(device)), 'c': c.to(device)}
+
+
+def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, device: torch.device) -> torch.Tensor:
+    """Labels [num, label_dim] of uniformly random items of the dataset."""
+    return torch.from_numpy(np.stack([dataset.get_label(rnd.randint(len(dataset))) for _ in range(num)])).to(device)
+
+
+def seed_step(seed: int, batch_idx: int) -> np.random.RandomState:
+    """Make the global torch RNG and the returned numpy RNG a function of (seed, batch_idx): a resumed run draws what it would have drawn."""
+    words = np.random.SeedSequence([seed, batch_idx]).generate_state(3)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    return np.random.RandomState(words[2])
+
+
+def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str]]:
+    """Official names of the tensors of G and of D that this run may change."""
+    if options.train == 'full':
+        return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all')}
+    return {'G': slicing.tensor_names(state.G, options.slice_res, 'high-res'), 'D': slicing.tensor_names(state.D, options.slice_res, options.d_trains)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The fixed latents of the sample pictures."""
+
+    size: tuple[int, int]  # (columns, rows)
+    z: torch.Tensor  # [N, z_dim]
+    c: torch.Tensor  # [N, c_dim]
+
+
+@torch.no_grad()
+def sample_grid(G_ema: torch.nn.Module, grid: Grid, batch_gpu: int, **synthesis_kwargs) -> torch.Tensor:
+    """Images [N, C, R, R] float32 on the CPU, with constant noise, for the latents of the grid."""
+    parts = zip(grid.z.split(batch_gpu), grid.c.split(batch_gpu), strict=True)
+    return torch.cat([G_ema(z, c, noise_mode='const', **synthesis_kwargs).float().cpu() for z, c in parts])
+
+
+def training_loop(
+    *,
+    run_dir: Path,
+    state: State,
+    dataset: ImageDataset,
+    options: LoopOptions,
+    grid: Grid,
+    save_network: Callable[[Path, State], None],
+    bank: Bank | None = None,
+    device: torch.device,
+    workers: int = 0,
+    start_time: float | None = None,
+    resume: bool = False,
+    echo: Callable[[str], None] = print,
+) -> str:
+    """Train `state` in place until the image, time or signal limit; returns the reason for which it stopped.
+
+    Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), checkpoint, stats.jsonl. Networks are on
+    `device`. bank: required for 'high-res'. start_time: time.time() at which the budget max_seconds began. resume: continue from the checkpoint.
+    """
+    start_time = time.time() if start_time is None else start_time
+    for net in (state.G, state.D):
+        net.train().requires_grad_(False)
+    state.G_ema.eval().requires_grad_(False)
+    if options.train != 'full':
+        state.G.eval()  # The mapping is frozen, w_avg with it.
+
+    collector, writer = stats.Collector(), stats.StatsWriter(run_dir)
+
+    def report(name: str, value: torch.Tensor) -> None:
+        collector.report(name, value)
+        if name == 'Loss/signs/real' and options.ada_target is not None:
+            state.real_signs += torch.tensor([float(value.sum()), value.numel()])
+
+    block_kwargs = {'force_fp32': options.force_fp32}
+    if bank is None:
+        source = phases.LatentSource(state.G, options.loss.style_mixing_prob, block_kwargs)
+    else:
+        source = phases.BankSource(state.G, bank, options.slice_res, block_kwargs)
+    game = phases.Game(source, functools.partial(state.D, **block_kwargs), state.augment_pipe or (lambda img: img), options.loss, report, device)
+    names = trained_names(state, options)
+    trained = {key: [p for name, p in net.named_parameters() if name in names[key]] for key, net in [('G', state.G), ('D', state.D)]}
+    phase_list = phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
+    live = checkpoint.Live(state, game, {phase.name[0]: phase.optimizer for phase in phase_list}, bank)
+    if resume:
+        checkpoint.load(run_dir, live)
+    data = batches(dataset, options.batch_size, options.seed, state.cur_nimg, device, workers)
+
+    session_start, earlier_seconds = time.time(), state.elapsed_seconds
+    tick_start, tick_start_nimg, maintenance_seconds = time.time(), state.cur_nimg, time.time() - start_time
+    with StopRequest() as stop, Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress:
+        reason = None
+        while reason is None:
+            # Data.
+            rnd = seed_step(options.seed, state.batch_idx)
+            real = next(data)
+
+            # Gradients and optimiser steps. Latents are drawn for every phase of every batch, used or not, as in the official code.
+            for phase in phase_list:
+                latents = source.draw(random_labels(dataset, rnd, options.batch_size, device))
+                if state.batch_idx % phase.interval == 0:
+                    phase_start = time.perf_counter()
+                    phases.run_phase(phase, latents, real, options.batch_gpu)
+                    if device.type != 'cuda':  # On a GPU this would time the launches only, and waiting would cost speed.
+                        collector.report(f'Timing/{phase.name}', (time.perf_counter() - phase_start) * 1000)
+
+            # Moving average, counters, feature bank.
+            phases.update_ema(state.G_ema, state.G, losses.ema_beta(options.batch_size, state.cur_nimg, options.ema_kimg, options.ema_rampup), names['G'])
+            state.cur_nimg += options.batch_size
+            state.batch_idx += 1
+            if bank is not None and state.batch_idx % options.refresh_interval == 0:
+                bank.refresh()
+
+            # Augmentation strength.
+            if state.batch_idx % options.ada_interval == 0:
+                if options.ada_target is not None:
+                    sign_mean = float(state.real_signs[0] / state.real_signs[1])
+                    state.augment_pipe.p.fill_(ada.adjust_p(
+                        float(state.augment_pipe.p), sign_mean, options.ada_target, options.batch_size, options.ada_interval, options.ada_kimg))
+                state.real_signs.zero_()
+
+            # Reasons to stop.
+            if state.cur_nimg >= options.total_kimg * 1000:
+                reason = f'{options.total_kimg:g} kimg reached'
+            elif options.max_seconds is not None and earlier_seconds + time.time() - start_time >= options.max_seconds:
+                reason = f'time budget of {stats.format_time(options.max_seconds)} used'
+            elif stop.received:
+                reason = f'{stop.received} received'
+            progress.update(state.cur_nimg / 1000, collector)
+            if reason is None and state.cur_tick != 0 and state.cur_nimg < tick_start_nimg + options.kimg_per_tick * 1000:
+                continue
+
+            # Tick: status line, statistics.
+            now = time.time()
+            state.elapsed_seconds = earlier_seconds + now - start_time
+            _report_tick(collector, state, options, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
+            collector.update()
+            echo(_status_line(collector))
+            writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
+
+            # Snapshot: picture, pickle, checkpoint.
+            if reason is not None or state.cur_tick % options.snapshot_ticks == 0:
+                kimg = state.cur_nimg // 1000
+                save_image_grid(sample_grid(state.G_ema, grid, options.batch_gpu, **block_kwargs), run_dir / f'fakes{kimg:06d}.png', (-1, 1), grid.size)
+                save_network(run_dir / f'network-snapshot-{kimg:06d}.pkl', state)
+                state.cur_tick += 1
+                checkpoint.save(run_dir, live)
+            else:
+                state.cur_tick += 1
+            tick_start, tick_start_nimg = time.time(), state.cur_nimg
+            maintenance_seconds = tick_start - now
+    writer.close()
+    echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.time() - session_start)}.')
+    return reason
+
+
+def _report_tick(collector, state: State, options: LoopOptions, seconds: float, nimg: int, maintenance_seconds: float, device: torch.device) -> None:
+    for name, value in {
+            'Progress/tick': state.cur_tick, 'Progress/kimg': state.cur_nimg / 1000,
+            'Progress/augment': float(state.augment_pipe.p) if state.augment_pipe is not None else 0.0,
+            'Timing/total_sec': state.elapsed_seconds, 'Timing/sec_per_tick': seconds, 'Timing/sec_per_kimg': seconds / nimg * 1000,
+            'Timing/maintenance_sec': maintenance_seconds, 'Timing/total_hours': state.elapsed_seconds / 3600,
+            'Timing/total_days': state.elapsed_seconds / 86400,
+            'Resources/cpu_mem_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,  # kilobytes on Linux; the peak so far
+            'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == 'cuda' else 0.0}.items():
+        collector.report(name, value)
+
+
+def _status_line(collector) -> str:
+    def mean(name):
+        return collector.mean(name)
+
+    return '  '.join([
+        f'tick {mean("Progress/tick"):<5.0f}', f'kimg {mean("Progress/kimg"):<8.1f}', f'time {stats.format_time(mean("Timing/total_sec")):<12s}',
+        f'sec/tick {mean("Timing/sec_per_tick"):<7.1f}', f'sec/kimg {mean("Timing/sec_per_kimg"):<7.2f}',
+        f'maintenance {mean("Timing/maintenance_sec"):<6.1f}', f'cpumem {mean("Resources/cpu_mem_gb"):<6.2f}',
+        f'gpumem {mean("Resources/peak_gpu_mem_gb"):<6.2f}', f'augment {mean("Progress/augment"):.3f}'])

@@ -1,0 +1,402 @@
+"""The main job: an official pickle and a folder of images in, an adapted official pickle out."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+
+from m2m_stylegan import bank as feature_bank
+from m2m_stylegan import checkpoint, downloads, features, networks, phases, run_dir, slicing, snapshots
+from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
+from m2m_stylegan.datasets import ImageDataset, snapshot_grid
+from m2m_stylegan.errors import UserError
+from m2m_stylegan.images import from_uint8, save_image_grid, save_panels
+from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, sample_grid, trained_names, training_loop
+
+DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
+CPU_GRID = (8, 8)  # The official grid of up to 32 x 32 pictures would take longer to make than a tick on a CPU.
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferOptions:
+    """The command line of tools/transfer.py, one field per option, with the official names; None means 'choose for me'."""
+
+    outdir: str
+    network: str = 'demo'
+    data: str | None = None
+    train: str = 'high-res'
+    slice: int | None = None
+    d_trains: str = 'all'
+    bank: int | None = None
+    cache_dir: str | None = None
+    cond: bool = False
+    subset: int | None = None
+    mirror: bool = False
+    gamma: float | None = None
+    kimg: float | None = None
+    minutes: float | None = None
+    batch: int | None = None
+    batch_gpu: int | None = None
+    lr: float | None = None
+    aug: str = 'ada'
+    p: float | None = None
+    target: float | None = None
+    augpipe: str | None = None
+    freezed: int = 0
+    pl_weight: float | None = None
+    tick: float | None = None
+    snap: int = 50
+    metrics: str = 'none'
+    seed: int = 0
+    workers: int = 3
+    device: str = 'auto'
+    nhwc: bool = False
+    allow_tf32: bool = False
+    nobench: bool = False
+    fp32: bool = False
+    resume: str | None = None
+    dry_run: bool = False
+    cbase: int | None = None
+    cmax: int | None = None
+    map_depth: int | None = None
+    latent_dim: int | None = None
+
+
+def check_options(options: TransferOptions) -> None:
+    """Raise one UserError that lists every contradiction between options."""
+    scratch = options.network == 'none'
+    problems = []
+
+    def need(condition: bool, text: str) -> None:
+        if not condition:
+            problems.append(text)
+
+    need(options.aug == 'fixed' or options.p is None, '--p is only used with --aug=fixed')
+    need(options.aug != 'fixed' or options.p is not None, '--aug=fixed needs --p, the probability of each augmentation in [0, 1]')
+    need(options.p is None or 0 <= options.p <= 1, f'--p={options.p} must lie in [0, 1]')
+    need(options.aug == 'ada' or options.target is None, '--target is only used with --aug=ada')
+    need(options.target is None or 0 <= options.target <= 1, f'--target={options.target} must lie in [0, 1]')
+    need(options.aug != 'noaug' or options.augpipe is None, '--augpipe has no meaning with --aug=noaug')
+    need(options.train == 'high-res' or options.slice is None, f'--slice is only used with --train=high-res, not with --train={options.train}')
+    need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
+    need(options.train == 'full' or options.freezed == 0, '--freezed is FreezeD, a form of --train=full; with --train=high-res use --d-trains=high-res')
+    need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
+    for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
+        need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
+    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'subset', 'bank'):
+        value = getattr(options, name)
+        need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
+    need(options.gamma is None or options.gamma >= 0, f'--gamma={options.gamma} must not be negative')
+    need(options.bank is None or options.bank % feature_bank.CHUNK_ITEMS == 0, f'--bank={options.bank} must be a multiple of {feature_bank.CHUNK_ITEMS}')
+    need(options.snap > 0, f'--snap={options.snap} must be at least 1')
+    need(options.metrics in ('none', ''), f'--metrics={options.metrics}: this version evaluates no metrics while training; pass --metrics=none and run '
+         'calc_metrics on the snapshots')
+    if problems:
+        raise UserError('These options do not go together:\n' + '\n'.join(f'  * {problem}' for problem in problems))
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:N' => device. Raises UserError if it is not there."""
+    if name == 'auto':
+        return torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N') from err
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'--device={name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. '
+                        'Install a CUDA build of PyTorch, or use --device=cpu.')
+    if device.type not in ('cpu', 'cuda'):
+        raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N')
+    return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
+
+
+@dataclasses.dataclass
+class Job:
+    """What the command line comes down to once the files have been opened."""
+
+    options: TransferOptions
+    device: torch.device
+    dataset: ImageDataset
+    dataset_kwargs: dict
+    snapshot: snapshots.Snapshot | None  # None: from scratch
+    network_path: Path | None
+    loop: LoopOptions
+    G_kwargs: dict | None  # only from scratch
+    D_kwargs: dict | None
+    augment_kwargs: dict | None  # constructor arguments of the augmentation pipe
+
+
+def plan(options: TransferOptions) -> Job:
+    """Open and check everything that can fail before long work starts. Raises UserError."""
+    check_options(options)
+    device = choose_device(options.device)
+    snapshot = network_path = None
+    if options.network != 'none':
+        weights = options.network if options.resume is None or Path(options.resume).is_dir() else options.resume
+        network_path = downloads.resolve(weights, options.cache_dir)
+        snapshot = snapshots.load(network_path)
+    dataset = ImageDataset(options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
+    if options.cond and not dataset.has_labels:
+        raise UserError(f'--cond=1: {dataset.path} has no labels; add "labels" to its dataset.json, or leave out --cond.')
+    if snapshot is not None:
+        check_match(snapshot.G_ema, dataset)
+        if options.train == 'high-res':
+            slicing.check_slice(slice_of(options, dataset.resolution), dataset.resolution)
+    loop = loop_options(options, dataset.resolution, device)
+    dataset_kwargs = {
+        'class_name': 'training.dataset.ImageFolderDataset', 'path': str(Path(dataset.path).resolve()), 'use_labels': options.cond,
+        'max_size': options.subset or len(dataset) // (2 if options.mirror else 1), 'xflip': options.mirror, 'resolution': dataset.resolution}
+    if options.subset:
+        dataset_kwargs['random_seed'] = options.seed
+    G_kwargs, D_kwargs = new_network_kwargs(options, dataset, loop) if snapshot is None else (None, None)
+    return Job(options, device, dataset, dataset_kwargs, snapshot, network_path, loop, G_kwargs, D_kwargs,
+               None if options.aug == 'noaug' else augpipe_kwargs(options.augpipe or 'bgc'))
+
+
+def check_match(G, dataset: ImageDataset) -> None:
+    """Raise one UserError that lists in what the dataset does not fit the network."""
+    problems = []
+    if dataset.resolution != G.img_resolution:
+        problems.append(f'the network makes {G.img_resolution} x {G.img_resolution} images, the dataset has {dataset.resolution} x {dataset.resolution}: run '
+                        f'python tools/dataset.py --source={dataset.path} --dest=OUT.zip --resolution={G.img_resolution}')
+    if dataset.num_channels != G.img_channels:
+        problems.append(f'the network makes images of {G.img_channels} channels, the dataset has {dataset.num_channels}')
+    if G.c_dim and not dataset.has_labels:
+        problems.append(f'the network is conditional ({G.c_dim} label values): pass --cond=1 and a dataset with labels')
+    elif dataset.label_dim != G.c_dim:
+        problems.append(f'the network takes {G.c_dim} label values, the dataset has {dataset.label_dim}')
+    if problems:
+        raise UserError(f'{dataset.path} does not fit the network:\n' + '\n'.join(f'  * {problem}' for problem in problems))
+
+
+def slice_of(options: TransferOptions, resolution: int) -> int:
+    """The slice resolution: as given, else the default for this image resolution."""
+    return options.slice or max(resolution // 8, 4)
+
+
+def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
+    """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks."""
+    on_cpu, scratch = device.type == 'cpu', options.network == 'none'
+    batch = options.batch or min(max(min(4096 // resolution, 32), 1), 16 if on_cpu else 32)
+    batch_gpu = min(options.batch_gpu or batch, batch)
+    if batch % batch_gpu:
+        raise UserError(f'--batch={batch} must be a multiple of --batch-gpu={batch_gpu}.')
+    lr = options.lr or (0.002 if resolution >= 1024 else 0.0025)
+    gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
+    loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
+    return LoopOptions(
+        train=options.train, d_trains=options.d_trains, slice_res=slice_of(options, resolution) if options.train == 'high-res' else None,
+        seed=options.seed, batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
+        max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
+        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=0.05 if scratch else None, loss=loss,
+        ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
+        force_fp32=on_cpu or options.fp32)
+
+
+def new_network_kwargs(options: TransferOptions, dataset: ImageDataset, loop: LoopOptions) -> tuple[dict, dict]:
+    """Constructor arguments of G and D for training from scratch: the official `auto` configuration, with overrides."""
+    dim = options.latent_dim or 512
+    size = {'channel_base': options.cbase or (32768 if dataset.resolution >= 512 else 16384), 'channel_max': options.cmax or 512,
+            'num_fp16_res': 0 if options.fp32 else 4, 'conv_clamp': None if options.fp32 else 256}
+    layout = {'fp16_channels_last': True} if options.nhwc else {}
+    shape = {'c_dim': dataset.label_dim, 'img_resolution': dataset.resolution, 'img_channels': dataset.num_channels}
+    G_kwargs = {'z_dim': dim, 'w_dim': dim, 'mapping_kwargs': {'num_layers': options.map_depth or 2}, 'synthesis_kwargs': {**size, **layout}, **shape}
+    D_kwargs = {'block_kwargs': layout, 'mapping_kwargs': {},
+                'epilogue_kwargs': {'mbstd_group_size': min(loop.batch_gpu, 4)}, **size, **shape}
+    return G_kwargs, D_kwargs
+
+
+def run_description(job: Job) -> str:
+    """Name of the run directory behind its number."""
+    options = job.options
+    return run_dir.describe(
+        job.dataset.name, cfg='auto', num_gpus=1, cond=options.cond, subset=options.subset, mirror=options.mirror, gamma=options.gamma,
+        kimg=options.kimg, batch=options.batch, aug=None if options.aug == 'ada' else options.aug, p=options.p, target=options.target,
+        augpipe=options.augpipe, resume='noresume' if job.snapshot is None else options.network, freezed=options.freezed or None,
+        train=options.train, slice_at=job.loop.slice_res)
+
+
+def training_options(job: Job, directory: Path) -> dict:
+    """Content of training_options.json: the official keys in the official order, ours under `m2m`."""
+    options, loop = job.options, job.loop
+    opt = {'class_name': 'torch.optim.Adam', 'lr': loop.G_lr, 'betas': [0.0, 0.99], 'eps': 1e-8}
+    content = {
+        'num_gpus': 1, 'image_snapshot_ticks': loop.snapshot_ticks, 'network_snapshot_ticks': loop.snapshot_ticks, 'metrics': [],
+        'random_seed': options.seed, 'training_set_kwargs': job.dataset_kwargs,
+        'data_loader_kwargs': {'pin_memory': True, 'num_workers': options.workers, 'prefetch_factor': 2},
+        'G_kwargs': {'class_name': 'training.networks.Generator', **(job.G_kwargs or {})},
+        'D_kwargs': {'class_name': 'training.networks.Discriminator', **(job.D_kwargs or {})},
+        'G_opt_kwargs': opt, 'D_opt_kwargs': {**opt, 'lr': loop.D_lr},
+        'loss_kwargs': {'class_name': 'training.loss.StyleGAN2Loss', 'r1_gamma': loop.loss.r1_gamma, 'pl_weight': loop.loss.pl_weight},
+        'total_kimg': loop.total_kimg, 'batch_size': loop.batch_size, 'batch_gpu': loop.batch_gpu, 'ema_kimg': loop.ema_kimg,
+        'ema_rampup': loop.ema_rampup}
+    optional = {'ada_target': loop.ada_target, 'augment_p': options.p, 'augment_kwargs': job.augment_kwargs,
+                'resume_pkl': None if job.network_path is None else str(job.network_path), 'ada_kimg': loop.ada_kimg}
+    content |= {key: value for key, value in optional.items() if value is not None}
+    content |= {'cudnn_benchmark': not options.nobench, 'allow_tf32': options.allow_tf32, 'run_dir': str(directory)}
+    content['m2m'] = {'options': dataclasses.asdict(options), 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
+                      'network_sha256': None if job.snapshot is None else job.snapshot.sha256}
+    return content
+
+
+def build_state(job: Job) -> State:
+    """The networks on their device, taken from the snapshot or made new, and the augmentation pipe."""
+    if job.snapshot is None:
+        torch.manual_seed(job.options.seed)
+        G, D = networks.Generator(**job.G_kwargs), networks.Discriminator(**job.D_kwargs)
+        G_ema = copy.deepcopy(G)
+    else:
+        G, D, G_ema = (copy.deepcopy(net) for net in (job.snapshot.G, job.snapshot.D, job.snapshot.G_ema))
+    thaw(D)
+    pipe = None
+    if job.augment_kwargs is not None and (job.loop.ada_target is not None or job.options.p):
+        pipe = AugmentPipe(**job.augment_kwargs).requires_grad_(False).to(job.device)
+        pipe.p.fill_(job.options.p or 0.0)
+    return State(*(net.to(job.device) for net in (G, D, G_ema)), pipe)
+
+
+def thaw(D: torch.nn.Module) -> None:
+    """Turn weights that FreezeD had registered as buffers into parameters again: what is frozen is decided by this run's options."""
+    for module in D.modules():
+        for name in ('weight', 'bias'):
+            if name in module._buffers:
+                setattr(module, name, torch.nn.Parameter(module._buffers.pop(name), requires_grad=False))
+
+
+def make_grid(job: Job, G, directory: Path | None) -> Grid:
+    """Latents of the sample pictures, official choice of z and labels; writes reals.png if `directory` is given."""
+    size, indices = snapshot_grid(job.dataset)
+    if job.device.type == 'cpu':
+        columns = size[0]
+        indices = [indices[row * columns + column] for row in range(CPU_GRID[1]) for column in range(CPU_GRID[0])]
+        size = CPU_GRID
+    if directory is not None:
+        save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
+    generator = torch.Generator().manual_seed(job.options.seed)
+    z = torch.randn([len(indices), G.z_dim], generator=generator).to(job.device)
+    c = torch.from_numpy(np.stack([job.dataset.get_label(i) for i in indices])).to(job.device)
+    return Grid(size, z, c)
+
+
+def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank:
+    """The cached low-res features for this pickle, slice and labels: made with a progress bar, or found from an earlier run."""
+    loop, options = job.loop, job.options
+    kwargs = {'force_fp32': loop.force_fp32}
+
+    def labels(chunk: int, num: int) -> torch.Tensor:
+        return random_labels(job.dataset, np.random.RandomState([options.seed, chunk]), num, job.device)
+
+    def make(chunk: int, dtype: torch.dtype) -> phases.Batch:
+        # From G_ema, whose low-res part is the one that users of the result will run.
+        return feature_bank.make_chunk(G_ema, loop.slice_res, labels, options.seed, chunk, loop.loss.style_mixing_prob, dtype, **kwargs)
+
+    probe = make(0, torch.float32)
+    dtype = feature_bank.storage_dtype(probe)
+    item_bytes = sum(value[0].numel() * (dtype.itemsize if name in ('x', 'img') else 4) for name, value in probe.items())
+    chunk_items = feature_bank.CHUNK_ITEMS
+    num_items = options.bank or min(max(features.items_for_budget(item_bytes, 1 << 30), chunk_items), 4096) // chunk_items * chunk_items
+    label_digest = hashlib.sha256(np.stack([job.dataset.get_label(i) for i in range(len(job.dataset))]).tobytes()).hexdigest() if options.cond else None
+    fingerprint = {'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
+                   'style_mixing_prob': loop.loss.style_mixing_prob, 'dtype': str(dtype), 'labels_sha256': label_digest, 'items': num_items,
+                   'force_fp32': loop.force_fp32, 'device': job.device.type}
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    root = Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir()
+    directory = root / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{digest}'
+    echo(f'Feature cache: {num_items} latents of {item_bytes / 1024:.0f} KiB in {directory}')
+    with tqdm.tqdm(total=num_items, unit='latent', desc='Caching low-res features', leave=False, dynamic_ncols=True) as progress:
+        cache = features.write(
+            directory, fingerprint, num_items, lambda start, stop: make(start // chunk_items, dtype), batch_size=chunk_items,
+            shard_items=max((64 << 20) // item_bytes // chunk_items, 1) * chunk_items, progress=progress.update)
+    return feature_bank.Bank(cache.resident(job.device), lambda chunk: make(chunk, dtype))
+
+
+def run(options: TransferOptions, echo: Callable[[str], None] = print) -> Path | None:
+    """Do the whole job; returns the run directory (None for a dry run). Raises UserError for anything that the user can mend."""
+    start_time = time.time()
+    resume_dir = find_run(options)
+    if resume_dir is not None:
+        options = resumed_options(options, resume_dir)
+    job = plan(options)
+    echo('Training options:\n' + json.dumps(training_options(job, resume_dir or Path(options.outdir) / f'?????-{run_description(job)}'), indent=2))
+    if options.dry_run:
+        echo('Dry run; nothing was written.')
+        return None
+    directory = resume_dir or run_dir.next_run_dir(options.outdir, run_description(job))
+    run_dir.write_json(directory / 'training_options.json', training_options(job, directory))
+    with run_dir.log_to(directory / 'log.txt'):
+        train_job(job, directory, resume_dir is not None, start_time, echo)
+    return directory
+
+
+def train_job(job: Job, directory: Path, resume: bool, start_time: float, echo: Callable[[str], None]) -> None:
+    """Networks, cache, training, pictures, in `directory`."""
+    if job.device.type == 'cuda':
+        torch.backends.cudnn.benchmark = not job.options.nobench
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.options.allow_tf32
+    state = build_state(job)
+    grid = make_grid(job, state.G_ema, directory)
+    kwargs = {'force_fp32': job.loop.force_fp32}
+    before = sample_grid(state.G_ema.eval(), grid, job.loop.batch_gpu, **kwargs)
+    if not resume:
+        save_image_grid(before, directory / 'fakes_init.png', (-1, 1), grid.size)
+    bank = open_bank(job, state.G_ema, echo) if job.loop.train == 'high-res' else None
+    echo(describe_blocks(job, state))
+
+    def save_network(path: Path, state: State) -> None:
+        snapshots.save(path, G=state.G, D=state.D, G_ema=state.G_ema, augment_pipe=state.augment_pipe, training_set_kwargs=job.dataset_kwargs,
+                       like=job.snapshot)
+
+    training_loop(run_dir=directory, state=state, dataset=job.dataset, options=job.loop, grid=grid, save_network=save_network, bank=bank,
+                  device=job.device, workers=job.options.workers, start_time=start_time, resume=resume, echo=echo)
+    save_before_after(job, directory, before, sample_grid(state.G_ema, grid, job.loop.batch_gpu, **kwargs))
+    newest = max(directory.glob('network-snapshot-*.pkl'))
+    echo(f'Result:  {newest}\nPicture: {directory / "before-after.png"}')
+
+
+def describe_blocks(job: Job, state: State) -> str:
+    """The table of blocks: what is frozen, trained, cached."""
+    names = trained_names(state, job.loop)
+    trained = {id(p) for key, net in [('G', state.G), ('D', state.D)] for name, p in net.named_parameters() if name in names[key]}
+    return slicing.format_table(slicing.block_table(state.G, state.D, job.loop.slice_res, trained, job.loop.train == 'high-res'))
+
+
+def save_before_after(job: Job, directory: Path, before: torch.Tensor, after: torch.Tensor) -> None:
+    """before-after.png: the same latents before and after training, beside images of the target set. Images [N, C, R, R] in [-1, 1]."""
+    num = min(16, before.shape[0], len(job.dataset))
+    chosen = np.random.RandomState(job.options.seed).permutation(len(job.dataset))[:num]
+    reals = from_uint8(torch.from_numpy(np.stack([job.dataset[i][0] for i in chosen])))
+    save_panels(directory / 'before-after.png', [('before', before[:num]), ('after', after[:num]), ('target images', reals)], columns=4)
+
+
+def find_run(options: TransferOptions) -> Path | None:
+    """The run directory that --resume means, or None if it means a pickle or is absent."""
+    if options.resume is None or options.resume.endswith('.pkl') or '://' in options.resume or options.resume in downloads.OFFICIAL_PICKLES:
+        return None
+    if options.resume == 'latest':
+        runs = sorted(path.parent for path in Path(options.outdir).glob(f'*/{checkpoint.FILE_NAME}'))
+        if not runs:
+            raise UserError(f'--resume=latest: no run directory in {options.outdir} holds a checkpoint.')
+        return runs[-1]
+    if not Path(options.resume).is_dir():
+        raise UserError(f'--resume={options.resume}: expected a run directory, "latest", or a network pickle.')
+    return Path(options.resume)
+
+
+def resumed_options(options: TransferOptions, directory: Path) -> TransferOptions:
+    """The options that the run was started with; only the limits --kimg and --minutes and where to run are taken from the new command line."""
+    path = directory / 'training_options.json'
+    try:
+        stored = json.loads(path.read_text(encoding='utf-8'))['m2m']['options']
+        old = TransferOptions(**stored)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f'--resume: {path} is missing or is not from this tool ({err}).') from err
+    fresh = {name: getattr(options, name) for name in ('kimg', 'minutes') if getattr(options, name) is not None}
+    return dataclasses.replace(old, **fresh, device=options.device, workers=options.workers, resume=str(directory), dry_run=options.dry_run)
