@@ -1,6 +1,5 @@
 """Adaptive discriminator augmentation: the controller of the pipe's strength p (Karras et al., arXiv 2006.06676, section 3)."""
 
-import dataclasses
 import math
 
 
@@ -15,27 +14,3 @@ def adjust_p(p: float, sign_mean: float, target: float, batch_size: int, interva
         return p
     step_kimg = batch_size * interval / 1000
     return max(p + math.copysign(step_kimg / ada_kimg, sign_mean - target), 0.0)
-
-
-@dataclasses.dataclass
-class AdaController:
-    """p and what moves it. The caller averages the signs, over ranks too, and copies p into `AugmentPipe.p`.
-
-    target: wanted mean sign of the real logits, the official default is 0.6. batch_size: images per iteration over all ranks.
-    interval: iterations between adjustments. ada_kimg: 500, or 100 when resuming from a trained network. p: start value.
-    """
-
-    target: float
-    batch_size: int
-    interval: int = 4
-    ada_kimg: float = 500
-    p: float = 0.0
-
-    def is_due(self, num_iterations: int) -> bool:
-        """Whether to adjust after so many finished iterations."""
-        return num_iterations % self.interval == 0
-
-    def adjust(self, sign_mean: float) -> float:
-        """Move p according to the mean sign since the last adjustment, and return it."""
-        self.p = adjust_p(self.p, float(sign_mean), self.target, self.batch_size, self.interval, self.ada_kimg)
-        return self.p

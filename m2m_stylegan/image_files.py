@@ -58,7 +58,7 @@ class ImageFiles:
         known = PIL.Image.EXTENSION
         self.image_names = sorted(name for name in self._sizes if os.path.splitext(name)[1].lower() in known)
         if not self.image_names:
-            found = f'{len(self._sizes)} other files, e.g. {", ".join(sorted(self._sizes)[:3])}' if self._sizes else 'nothing'
+            found = f'{len(self._sizes)} other files, e.g. {printable(min(self._sizes))}' if self._sizes else 'nothing'
             raise UserError(f'{self.path} holds no images: expected files such as .png or .jpg, found {found}')
 
     def __contains__(self, name: str) -> bool:

@@ -52,9 +52,10 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_fi
         demod = (styles.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # [N, O]
     x = x * styles.to(x.dtype)[:, :, None, None]
     x = conv2d_resample(x, weight.to(x.dtype), f=resample_filter, up=up, padding=padding, flip_weight=flip_weight)
-    if demod is not None:
-        x = x * demod.to(x.dtype)[:, :, None, None]
-    return x if noise is None else x + noise.to(x.dtype)
+    if demod is None:
+        return x if noise is None else x + noise.to(x.dtype)
+    demod = demod.to(x.dtype)[:, :, None, None]
+    return x * demod if noise is None else torch.addcmul(noise.to(x.dtype), x, demod)
 
 
 class FullyConnectedLayer(torch.nn.Module):

@@ -218,7 +218,7 @@ def _tensor(args: tuple, budget: Budget) -> torch.Tensor:
     problems = [
         (any(extras), 'has hooks or metadata'),
         (not 0 <= offset <= numel, f'starts at element {_short((offset,))} of {numel}'),
-        (len(stride) != len(size) or not all(type(step) is int and 0 <= step <= max(numel, 1) for step in stride),
+        (len(stride) != len(size) or not all(type(step) is int and 0 <= step <= (max(numel, 1) if count else MAX_ELEMENTS) for step in stride),
          f'has the shape {size} and the impossible strides {_short(stride)}'),
         (count > numel, f'has the shape {size}, more than the {numel} elements that are stored'),
         (count and last >= numel, f'reaches element {_short((last,))} of {numel}'),

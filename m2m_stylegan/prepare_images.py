@@ -13,7 +13,7 @@ import PIL.ImageOps
 
 from m2m_stylegan.dataset_checks import read_label_table, suggest_resolution
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.image_files import DatasetWriter, ImageFiles, ImageReadError, problem_list
+from m2m_stylegan.image_files import DatasetWriter, ImageFiles, ImageReadError, printable, problem_list
 
 FILTERS = {'box': PIL.Image.Resampling.BOX, 'lanczos': PIL.Image.Resampling.LANCZOS}
 CROPS = ('center', 'pad', 'stretch', 'none', 'center-wide')
@@ -103,7 +103,7 @@ class PrepareReport:
     def text(self) -> str:
         """Several lines for people: the counts, everything skipped, and warnings."""
         lines = [f'{self.written} images written, {"with" if self.labelled else "without"} labels, {len(self.skipped)} skipped']
-        lines += [f'  skipped {text}' for text in self.skipped]
+        lines += [f'  skipped {printable(text)}' for text in self.skipped]
         if self.unlabelled and len(self.unlabelled) < self.written:
             lines += ['warning: labels left out, because', problem_list({'have none': self.unlabelled}, self.written)]
         if self.enlarged:
@@ -150,7 +150,8 @@ def prepare(
             except (ImageReadError, SkipImage) as err:
                 report.skipped.append(f'{name}: {getattr(err, "reason", err)}')
                 continue
-            report.enlarged += [name] if min(flat.size) < min(options.width, options.height) else []
+            side = max(flat.size) if options.crop == 'pad' else min(flat.size)
+            report.enlarged += [name] if side < min(options.width, options.height) else []
             report.unlabelled += [] if name in labels else [name]
         report.written, report.labelled = len(writer), not report.unlabelled
         if not report.written:

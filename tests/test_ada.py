@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2m_stylegan.ada import AdaController, adjust_p
+from m2m_stylegan.ada import adjust_p
 
 STEP = 64 * 4 / 500_000
 
@@ -32,11 +32,7 @@ def test_never_negative_and_moves_by_at_most_one_step(p, sign_mean):
 
 
 def test_full_overfitting_moves_p_from_0_to_1_in_ada_kimg():
-    controller = AdaController(target=0.6, batch_size=20, ada_kimg=1)
-    num_adjustments = 0
-    for num_iterations in range(1, 1000 // 20 + 1):
-        if controller.is_due(num_iterations):
-            controller.adjust(1.0)
-            num_adjustments += 1
-    assert num_adjustments == 12  # iterations 4, 8, ..., 48 of 50
-    assert controller.p == pytest.approx(12 * 4 * 20 / 1000)
+    p = 0.0
+    for _ in range(250):  # 250 adjustments of 4 iterations of 20 images are 20 kimg
+        p = adjust_p(p, 1.0, target=0.6, batch_size=20, interval=4, ada_kimg=20)
+    assert p == pytest.approx(1.0)

@@ -1,8 +1,6 @@
-import itertools
 import json
 import multiprocessing
 import pickle
-import re
 import struct
 import zipfile
 import zlib
@@ -14,9 +12,10 @@ import PIL.Image
 import pytest
 from golden import load
 
-from m2m_stylegan.datasets import ImageDataset, InfiniteSampler, snapshot_grid
+from m2m_stylegan.dataset_checks import suggest_resolution
+from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.image_files import DatasetWriter, ImageFiles, ImageReadError
+from m2m_stylegan.image_files import ImageFiles, ImageReadError
 
 GOLDEN = load('data_and_schedules').arrays
 
@@ -167,6 +166,14 @@ def test_open_handle_survives_a_new_process(golden_zip, start):
         worker.join()
 
 
+def test_no_handle_is_shared_with_another_process(golden_zip, monkeypatch):
+    files = ImageFiles(golden_zip)
+    mine = files._open_zip()
+    assert files._open_zip() is mine
+    monkeypatch.setattr('os.getpid', lambda: -1)
+    assert files._open_zip() is not mine
+
+
 def test_pickle_and_close(golden_zip):
     dataset = ImageDataset(golden_zip, use_labels=True)
     copy = pickle.loads(pickle.dumps(dataset))
@@ -283,6 +290,13 @@ def test_wrong_labels(tmp_path, data, message):
     assert not ImageDataset(tmp_path).has_labels
 
 
+@pytest.mark.parametrize(
+    'sizes, expected', [([(640, 480)], 256), ([(64, 64), (64, 900), (65, 64)], 64), ([(3, 9)], 4), ([(5000, 5000)], 1024)]
+)
+def test_suggested_resolution(sizes, expected):
+    assert suggest_resolution(sizes) == expected
+
+
 # ---- hostile files
 
 
@@ -390,116 +404,3 @@ def test_random_damage_is_always_a_user_error(tmp_path):
             except ImageReadError as err:
                 outcomes.add(type(err.__cause__).__name__)
     assert 'read' in outcomes and len(outcomes) > 3
-
-
-# ---- order of images
-
-
-@pytest.mark.parametrize('case', [key for key in GOLDEN if key.startswith('sampler/')])
-@pytest.mark.parametrize('start', [0, 1, 17, 31])
-def test_sampler_order_is_official_from_any_start(case, start):
-    n, seed, rank, replicas = map(int, re.findall(r'\d+', case))
-    sampler = InfiniteSampler(n, seed=seed, rank=rank, num_replicas=replicas, start_idx=start)
-    skipped = len(range(rank, start, replicas))
-    expected = GOLDEN[case][skipped:]
-    assert list(itertools.islice(sampler, len(expected))) == expected.tolist()
-
-
-def test_sampler_fast_forward_over_several_chunks_of_draws():
-    plain = itertools.islice(InfiniteSampler(50, seed=2), 40_000, 40_100)
-    assert list(plain) == list(itertools.islice(InfiniteSampler(50, seed=2, start_idx=40_000), 100))
-
-
-def test_sampler_draws_one_number_per_step():
-    rnd, order = np.random.RandomState(5), np.arange(9)
-    rnd.shuffle(order)
-    expected = []
-    for idx in range(100):
-        i = idx % 9
-        expected.append(int(order[i]))
-        j = (i - rnd.randint(4)) % 9
-        order[i], order[j] = order[j], order[i]
-    assert list(itertools.islice(InfiniteSampler(9, seed=5), 100)) == expected
-
-
-def test_sampler_without_shuffle_and_ranks_share_one_order():
-    assert list(itertools.islice(InfiniteSampler(3, shuffle=False), 7)) == [0, 1, 2, 0, 1, 2, 0]
-    whole = list(itertools.islice(InfiniteSampler(10), 60))
-    for rank in range(3):
-        assert list(itertools.islice(InfiniteSampler(10, rank=rank, num_replicas=3), 20)) == whole[rank::3]
-
-
-@pytest.mark.parametrize('options', [{'n': 0}, {'n': 4, 'rank': 1}, {'n': 4, 'window_size': 2}, {'n': 4, 'start_idx': -1}])
-def test_sampler_arguments(options):
-    with pytest.raises(ValueError, match='expected n >= 1'):
-        InfiniteSampler(**options)
-
-
-@pytest.mark.parametrize('case', [key.rpartition('/')[0] for key in GOLDEN if key.startswith('grid/') and key.endswith('indices')])
-def test_snapshot_grid_is_official(case):
-    n, resolution = map(int, re.findall(r'\d+', case))
-    dataset = type('Stub', (), {'__len__': lambda self: n})()
-    dataset.has_labels, dataset.image_shape = '/label' in case, [3, resolution, resolution]
-    dataset.get_label = lambda idx: np.eye(3, dtype=np.float32)[idx % 3]
-    grid_size, indices = snapshot_grid(dataset)
-    assert grid_size == tuple(GOLDEN[f'{case}/gw_gh'])
-    assert indices == GOLDEN[f'{case}/indices'].tolist()
-
-
-def test_snapshot_grid_shows_further_items_of_a_class_in_its_next_row(golden_zip):
-    (columns, rows), grid = snapshot_grid(ImageDataset(golden_zip, use_labels=True))
-    classes = GOLDEN['dataset/class_ids'][np.array(grid).reshape(rows, columns)]
-    assert (columns, rows) == (32, 32)
-    assert np.array_equal(classes, np.repeat(np.arange(rows) % 3, columns).reshape(rows, columns))
-
-
-# ---- writing
-
-
-@pytest.mark.parametrize('dest', ['out.zip', 'new/folder'])
-def test_writer_round_trip(tmp_path, dest):
-    images = np.random.RandomState(0).randint(256, size=[1002, 4, 4], dtype=np.uint8)
-    with DatasetWriter(tmp_path / dest) as writer:
-        names = [writer.add(image, [i, 0.5]) for i, image in enumerate(images)]
-        writer.extra['prepared'] = {'by': 'test'}
-    assert [names[0], names[-1]] == ['00000/img00000000.png', '00001/img00001001.png']
-    dataset = ImageDataset(tmp_path / dest, use_labels=True)
-    assert np.array_equal(dataset.decode_all()[:, 0], images)
-    assert dataset.get_label(7).tolist() == [7, 0.5]
-    assert json.loads(ImageFiles(tmp_path / dest).read('dataset.json'))['prepared'] == {'by': 'test'}
-    assert not list(tmp_path.glob('**/.*'))
-
-
-def test_writer_stores_without_compression_and_reproducibly(tmp_path):
-    for name in ('a.zip', 'b.zip'):
-        with DatasetWriter(tmp_path / name) as writer:
-            writer.add(np.zeros([64, 64, 3], dtype=np.uint8))
-    info = zipfile.ZipFile(tmp_path / 'a.zip').infolist()
-    assert all(entry.compress_type == zipfile.ZIP_STORED for entry in info) and info[0].file_size > 64 * 64 * 3
-    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
-    assert json.loads(zipfile.ZipFile(tmp_path / 'a.zip').read('dataset.json')) == {'labels': None}
-
-
-def test_labels_are_written_only_if_complete(tmp_path):
-    with DatasetWriter(tmp_path / 'a.zip') as writer:
-        writer.add(np.zeros([4, 4], dtype=np.uint8), 1)
-        writer.add(np.zeros([4, 4], dtype=np.uint8))
-        assert not writer.labelled
-    assert json.loads(ImageFiles(tmp_path / 'a.zip').read('dataset.json')) == {'labels': None}
-
-
-@pytest.mark.parametrize('dest', ['out.zip', 'folder'])
-def test_writer_leaves_nothing_after_an_exception(tmp_path, dest):
-    with pytest.raises(KeyError), DatasetWriter(tmp_path / dest) as writer:
-        writer.add(np.zeros([4, 4], dtype=np.uint8))
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-
-
-def test_writer_refuses_a_folder_with_files(tmp_path):
-    write_folder(tmp_path / 'full', {'a.txt': b'-'})
-    (tmp_path / 'odd.zip').mkdir()
-    not_empty = 'not an empty folder'
-    for name, message in {'full': not_empty, 'full/a.txt': not_empty, 'odd.zip': 'is a folder'}.items():
-        with pytest.raises(UserError, match=message):
-            DatasetWriter(tmp_path / name)

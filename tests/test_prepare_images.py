@@ -63,8 +63,8 @@ def test_grey_and_colour_together_become_rgb(tmp_path):
 
 
 def test_sixteen_bits_are_scaled(tmp_path):
-    img = PIL.Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
-    assert converted(tmp_path, img).ravel().tolist() == list(range(256))
+    pixels = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16) // 3 * 3
+    assert np.array_equal(converted(tmp_path, PIL.Image.fromarray(pixels)), np.rint(pixels / 257))
 
 
 @pytest.mark.parametrize('pixels', [np.full([8, 8], 70000, dtype=np.int32), np.full([8, 8], 0.5, dtype=np.float32)])
@@ -136,8 +136,8 @@ def test_center_crop_wide_letterboxes_in_black(tmp_path):
 
 
 def test_width_and_height_alone_stretch_as_the_official_tool_does(tmp_path):
-    pixels = converted(tmp_path, stripes(RED, BLUE, width=32, height=16), width=8, height=8, resize_filter='box')
-    assert (pixels[:, :4] == RED).all() and (pixels[:, 4:] == BLUE).all()
+    img = stripes(GREEN, RED, BLUE, GREEN, width=32, height=16)
+    assert converted(tmp_path, img, width=8, height=8, resize_filter='box')[0, ::2].tolist() == [*map(list, (GREEN, RED, BLUE, GREEN))]
 
 
 def test_crop_none_skips_what_is_not_square(tmp_path):
@@ -224,7 +224,8 @@ def test_labels_of_the_source_are_kept_only_if_complete(tmp_path, complete):
     if complete:
         assert written == [[f'00000/img0000000{i}.png', 5 - i] for i in range(3)] and report.labelled
     else:
-        assert written is None and 'labels left out' in report.text() and '2.png' in report.text()
+        assert written is None and not report.labelled
+        assert 'labels left out' in report.text() and '2.png' in report.text()
 
 
 def test_preparing_twice_changes_nothing(mixed, tmp_path):
@@ -237,6 +238,21 @@ def test_sizes_that_need_a_decision(mixed, tmp_path):
     with pytest.raises(UserError, match=r'found .*20x30 \(1\).*--resolution=16'):
         prepare(mixed, tmp_path / 'dest.zip')
     assert not (tmp_path / 'dest.zip').exists()
+
+
+@pytest.mark.parametrize('crop, enlarged', [('center', ['a.png']), ('pad', []), ('stretch', ['a.png'])])
+def test_enlarged_is_what_loses_sharpness(tmp_path, crop, enlarged):
+    (tmp_path / 'source').mkdir()
+    solid(RED, (4, 16)).save(tmp_path / 'source' / 'a.png')
+    assert prepare(tmp_path / 'source', tmp_path / 'dest.zip', PrepareOptions(8, 8, crop)).enlarged == enlarged
+
+
+def test_two_sizes_that_would_both_do_need_a_decision(tmp_path):
+    (tmp_path / 'source').mkdir()
+    for side in (8, 16, 16):
+        solid(RED, (side, side)).save(tmp_path / 'source' / f'{len(list((tmp_path / "source").iterdir()))}.png')
+    with pytest.raises(UserError, match=r'found 16x16 \(2\), 8x8 \(1\)\. Give --resolution, for example --resolution=16'):
+        prepare(tmp_path / 'source', tmp_path / 'dest.zip')
 
 
 def test_nothing_usable_leaves_nothing(tmp_path):

@@ -35,15 +35,64 @@ def bias_act(x, b=None, dim=1, act='linear', alpha=None, gain=None, clamp=None):
     activation's default. clamp: None = no clamping; the gradient is zero where it clamps. Returns x's shape and dtype.
     """
     func, default_alpha, default_gain = ACTIVATIONS[act]
+    alpha = default_alpha if alpha is None else float(alpha)
     gain = default_gain if gain is None else float(gain)
+    clamp = None if clamp is None else float(clamp)
+    if act in ('relu', 'lrelu') and alpha >= 0 and gain > 0:
+        return _Rectify.apply(x, b, dim % x.ndim, alpha, gain, clamp)
     if b is not None:
         x = x + b.reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
-    x = func(x, default_alpha if alpha is None else float(alpha))
+    x = func(x, alpha)
     if gain != 1:
         x = x * gain
     if clamp is not None:
-        x = x.clamp(-float(clamp), float(clamp))
+        x = x.clamp(-clamp, clamp)
     return x
+
+
+class _Rectify(torch.autograd.Function):
+    """bias_act for the rectifiers, the hot case: one new tensor in the forward pass and one in the backward pass.
+
+    The result's sign and size tell all that the gradient needs, so nothing but the result is kept; composed of torch operations, every
+    step would allocate and keep its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x, b, dim, alpha, gain, clamp):
+        y = x.clone() if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+        F.leaky_relu_(y, alpha)
+        if gain != 1:
+            y.mul_(gain)
+        if clamp is not None:
+            y.clamp_(-clamp, clamp)
+        ctx.save_for_backward(y)
+        ctx.args = (alpha, gain, clamp)
+        ctx.bias_dims = None if b is None else [i for i in range(x.ndim) if i != dim]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = _RectifyGrad.apply(dy, ctx.saved_tensors[0], *ctx.args)
+        db = dx.sum(dim=ctx.bias_dims) if ctx.bias_dims is not None and ctx.needs_input_grad[1] else None
+        return dx, db, None, None, None, None
+
+
+class _RectifyGrad(torch.autograd.Function):
+    """dy => dx of _Rectify: linear in dy with factors fixed by y, so it is its own gradient; second derivatives in x are zero."""
+
+    @staticmethod
+    def forward(ctx, dy, y, alpha, gain, clamp):
+        ctx.save_for_backward(y)
+        ctx.args = (alpha, gain, clamp)
+        dx = torch.ops.aten.leaky_relu_backward(dy, y, alpha, True)
+        if gain != 1:
+            dx.mul_(gain)
+        # The gradient of clamp is zero where it clamps.
+        return dx if clamp is None else torch.ops.aten.hardtanh_backward(dx, y, -clamp, clamp)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        return _RectifyGrad.apply(ddx, ctx.saved_tensors[0], *ctx.args), None, None, None, None
 
 
 def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None):
@@ -104,12 +153,15 @@ def _fir(x, f, up, down, padding, flip, gain):
         z = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=fmt)
         z[:, :, max(y0, 0): max(y0, 0) + x.shape[2] * uy: uy, max(x0, 0): max(x0, 0) + x.shape[3] * ux: ux] = x
         x, padding = z, tuple(min(p, 0) for p in padding)
-    x = _crop_or_pad(x, padding)
+    x0, x1, y0, y1 = padding
+    symmetric = x0 == x1 >= 0 and y0 == y1 >= 0  # The convolution itself can pad then, without a copy.
+    if not symmetric:
+        x = _crop_or_pad(x, padding)
     f = f.to(device=x.device, dtype=x.dtype) * gain
     if not flip:  # conv2d computes a correlation
         f = f.flip([0, 1])
     weight = f[None, None].repeat([channels, 1, 1, 1])
-    return F.conv2d(x, weight, stride=(down[1], down[0]), groups=channels)
+    return F.conv2d(x, weight, stride=(down[1], down[0]), padding=(y0, x0) if symmetric else 0, groups=channels)
 
 
 def _is_channels_last(x):
