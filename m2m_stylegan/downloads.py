@@ -87,16 +87,15 @@ def fetch(
 
 def _download(url: str, path: Path, sha256: str | None, progress: bool, timeout_s: float, allow_local_http: bool) -> None:
     part = _part(path)
-    pauses_s = list(_PAUSES_S)
+    pauses_s, most_bytes = list(_PAUSES_S), _size(part)
     with tqdm(desc=path.name[17:], unit='B', unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
         while True:
-            size_before = _size(part)
             try:
                 _attempt(url, path, bar, timeout_s, allow_local_http)
                 break
             except _Broken as err:
-                if _size(part) > size_before:
-                    pauses_s = list(_PAUSES_S)
+                if _size(part) > most_bytes:
+                    pauses_s, most_bytes = list(_PAUSES_S), _size(part)
                 if not pauses_s:
                     raise UserError(
                         f'cannot download {url}: {err}. Check the network (behind a proxy, set https_proxy) and try again: '

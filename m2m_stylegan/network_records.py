@@ -86,11 +86,14 @@ def _is_option(record: Record, name: str) -> bool:
 
 def _rewritten(record: Record, module: torch.nn.Module, path: str, changed: dict[str, dict]) -> Record:
     state = {**record.state, **changed[path]}
-    for table in ('_parameters', '_buffers'):
-        state[table] = type(state[table])(
-            (key, None if value is None else _stored(getattr(module, key), table == '_parameters')) for key, value in state[table].items())
-    state['_modules'] = type(state['_modules'])(
-        (key, None if value is None else _rewritten(value, getattr(module, key), join(path, key), changed)) for key, value in state['_modules'].items())
+
+    def replace(table, make):
+        entries = state[table]
+        state[table] = type(entries)((key, None if value is None else make(key, value)) for key, value in entries.items())
+
+    replace('_parameters', lambda key, _old: _stored(getattr(module, key), True))
+    replace('_buffers', lambda key, _old: _stored(getattr(module, key), False))
+    replace('_modules', lambda key, child: _rewritten(child, getattr(module, key), join(path, key), changed))
     return dataclasses.replace(record, state=state)
 
 

@@ -28,6 +28,7 @@ from m2m_stylegan.pickles_tree import (
 )
 
 MAX_DIMS = 16
+TENSOR_STEPS = 20       # a tensor object costs about as much time and memory as this many plain instructions
 MAX_ELEMENTS = 2**48    # with empty axes counted as 1, so that products and byte counts stay far from 64 bits
 
 
@@ -184,7 +185,7 @@ def _parse_storage(data: bytes, budget: Budget) -> Storage:
     for expected in (TORCH_MAGIC, TORCH_PROTOCOL, TORCH_SYSTEM):
         if not _same(read(), expected):
             raise UserError('they do not begin like the torch format (protocol 1001, little-endian)')
-    entry = read(_STORAGE_NAMES, lambda pid: pid)
+    entry, = _expect('a storage', read(_STORAGE_NAMES, lambda persistent_id: (persistent_id,)), tuple)
     tag, cls, key, _location, count, _view = _expect('a storage', entry, str, Global, str, str, int, type(None))
     if tag != 'storage' or not _same(read(), [key]):
         raise UserError('they hold something other than one storage')
@@ -209,8 +210,9 @@ def _same(value: object, expected: object) -> bool:
 
 def _tensor(args: tuple, budget: Budget) -> torch.Tensor:
     """Any metadata (a 7th argument: conjugate and negative bits) would change the meaning of the elements; network files have none."""
+    budget.step(TENSOR_STEPS)
     types = (Storage, int, tuple, tuple, bool, OrderedDict, (type(None), *MAPPINGS))
-    has_metadata = type(args) is tuple and len(args) == len(types)
+    has_metadata = len(args) == len(types)
     storage, offset, size, stride, requires_grad, *extras = _expect('torch._utils._rebuild_tensor_v2', args, *types[:6 + has_metadata])
     numel = len(storage.raw) // storage.dtype.itemsize
     count = _element_count('a tensor', size)

@@ -215,7 +215,7 @@ class Machine:
 
     def build(self) -> None:
         target, state = self.pop_many(2)
-        if not isinstance(target, Buildable) or target.built is not None:
+        if not isinstance(target, Buildable):
             raise UserError(f'it sets the inner state of a {type(target).__name__}')
         target.built = target.build(state, self.budget)
         self.push(target.built)

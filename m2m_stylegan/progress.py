@@ -1,5 +1,6 @@
 """The progress bar of a training run: done, speed, time left, and how the game stands."""
 
+import sys
 import time
 
 import tqdm
@@ -14,11 +15,17 @@ class Progress:
         self._recent: list[tuple[float, float]] = []
 
     def __enter__(self) -> 'Progress':
-        self._bar = tqdm.tqdm(total=1000, bar_format='{percentage:3.0f}%|{bar:24}| {desc}', dynamic_ncols=True, leave=False)
+        self._bar = tqdm.tqdm(total=1000, bar_format='{percentage:3.0f}%|{bar:24}| {desc}', dynamic_ncols=True, leave=False,
+                              mininterval=0.2 if sys.stderr.isatty() else 30)  # in a log file every refresh is a line
         return self
 
     def __exit__(self, *exc_info) -> None:
         self._bar.close()
+
+    def echo(self, text: str, echo) -> None:
+        """Print a line through `echo` without tearing the bar."""
+        with self._bar.external_write_mode():
+            echo(text)
 
     def update(self, kimg: float, collector) -> None:
         """Show the state after `kimg` thousand images in all; means since the last tick come from the stats.Collector."""
@@ -38,5 +45,4 @@ class Progress:
             value = collector.mean(name)
             text += f', {label} {value:.2f}' if value == value else ''
         self._bar.set_description_str(text, refresh=False)
-        self._bar.n = min(int(share * 1000), 1000)
-        self._bar.update(0)
+        self._bar.update(min(int(share * 1000), 1000) - self._bar.n)

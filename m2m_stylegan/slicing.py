@@ -17,9 +17,11 @@ def slice_resolutions(img_resolution: int) -> list[int]:
 
 
 def check_slice(res: int, img_resolution: int) -> None:
-    """Raise UserError unless `res` is a resolution at which both networks can be cut."""
+    """Raise UserError unless `res` is a resolution at which both networks can be cut into two parts."""
     if res not in slice_resolutions(img_resolution):
         raise UserError(f'--slice={res}: expected one of {slice_resolutions(img_resolution)} for a network of {img_resolution} x {img_resolution} pixels.')
+    if res == img_resolution:
+        raise UserError(f'--slice={res} is the image resolution: that leaves no high-res block to train.')
 
 
 def is_low_res(name: str, res: int) -> bool:
@@ -55,6 +57,12 @@ def tensor_names(net: torch.nn.Module, res: int | None, part: str) -> frozenset[
     """Official names of the parameters and buffers of one part of G or D. part: 'all', 'high-res' or 'low-res'; 'all' needs no res."""
     names = [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
     return frozenset(name for name in names if part == 'all' or is_low_res(name, res) == (part == 'low-res'))
+
+
+def freezed_names(D, num_layers: int) -> frozenset[str]:
+    """Names of the tensors of D's first `num_layers` layers, counted from the pixels: FreezeD (2002.10964)."""
+    layers = [f'b{res}.{layer}.' for res in D.block_resolutions for layer in ('fromrgb', 'conv0', 'conv1', 'skip') if hasattr(getattr(D, f'b{res}'), layer)]
+    return frozenset(name for name in tensor_names(D, None, 'all') if name.startswith(tuple(layers[:num_layers])))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The training loop: one for `--train=full` and `--train=high-res`, which differ in what is trained and where fakes come from."""
 
+import contextlib
 import dataclasses
 import functools
 import resource
@@ -25,6 +26,7 @@ class LoopOptions:
     train: str = 'full'                      # 'full' or 'high-res'
     d_trains: str = 'all'                    # which part of D is trained in high-res training: 'all' or 'high-res'
     slice_res: int | None = None             # r; None for 'full'
+    freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
     seed: int = 0
     batch_size: int = 16
     batch_gpu: int = 16                      # images per forward pass; gradients are summed up to batch_size
@@ -90,7 +92,8 @@ def batches(dataset: ImageDataset, batch_size: int, seed: int, start_idx: int, d
     in_memory = dataset.in_memory()
     loader = torch.utils.data.DataLoader(
         dataset, sampler=InfiniteSampler(len(dataset), seed=seed, start_idx=start_idx), batch_size=batch_size,
-        num_workers=0 if in_memory else workers, pin_memory=device.type == 'cuda')
+        num_workers=0 if in_memory else workers, pin_memory=device.type == 'cuda',
+        generator=torch.Generator())  # Else it takes a seed from the global RNG, in the first step only: a resumed run would differ.
     for img, c in loader:
         yield {'img': from_uint8(img.to(device)), 'c': c.to(device)}
 
@@ -110,7 +113,8 @@ def seed_step(seed: int, batch_idx: int) -> np.random.RandomState:
 def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str]]:
     """Official names of the tensors of G and of D that this run may change."""
     if options.train == 'full':
-        return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all')}
+        frozen = slicing.freezed_names(state.D, options.freezed)
+        return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all') - frozen}
     return {'G': slicing.tensor_names(state.G, options.slice_res, 'high-res'), 'D': slicing.tensor_names(state.D, options.slice_res, options.d_trains)}
 
 
@@ -157,7 +161,7 @@ def training_loop(
     if options.train != 'full':
         state.G.eval()  # The mapping is frozen, w_avg with it.
 
-    collector, writer = stats.Collector(), stats.StatsWriter(run_dir)
+    collector = stats.Collector()
 
     def report(name: str, value: torch.Tensor) -> None:
         collector.report(name, value)
@@ -180,7 +184,8 @@ def training_loop(
 
     session_start, earlier_seconds = time.time(), state.elapsed_seconds
     tick_start, tick_start_nimg, maintenance_seconds = time.time(), state.cur_nimg, time.time() - start_time
-    with StopRequest() as stop, Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress:
+    with (contextlib.closing(stats.StatsWriter(run_dir)) as writer, StopRequest() as stop,
+          Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress):
         reason = None
         while reason is None:
             # Data.
@@ -227,7 +232,7 @@ def training_loop(
             state.elapsed_seconds = earlier_seconds + now - start_time
             _report_tick(collector, state, options, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
             collector.update()
-            echo(_status_line(collector))
+            progress.echo(_status_line(collector), echo)
             writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
 
             # Snapshot: picture, pickle, checkpoint.
@@ -241,7 +246,6 @@ def training_loop(
                 state.cur_tick += 1
             tick_start, tick_start_nimg = time.time(), state.cur_nimg
             maintenance_seconds = tick_start - now
-    writer.close()
     echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.time() - session_start)}.')
     return reason
 

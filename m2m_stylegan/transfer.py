@@ -144,8 +144,6 @@ def plan(options: TransferOptions) -> Job:
         network_path = downloads.resolve(weights, options.cache_dir)
         snapshot = snapshots.load(network_path)
     dataset = ImageDataset(options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
-    if options.cond and not dataset.has_labels:
-        raise UserError(f'--cond=1: {dataset.path} has no labels; add "labels" to its dataset.json, or leave out --cond.')
     if snapshot is not None:
         check_match(snapshot.G_ema, dataset)
         if options.train == 'high-res':
@@ -193,7 +191,7 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
     gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
-        train=options.train, d_trains=options.d_trains, slice_res=slice_of(options, resolution) if options.train == 'high-res' else None,
+        train=options.train, d_trains=options.d_trains, freezed=options.freezed, slice_res=slice_of(options, resolution) if options.train == 'high-res' else None,
         seed=options.seed, batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
         snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=0.05 if scratch else None, loss=loss,

@@ -1,15 +1,19 @@
-"""Runs a script of an unmodified official checkout on a machine without CUDA: `official_runner.py CHECKOUT SCRIPT [ARGS]...`.
+"""Runs scripts of an unmodified official checkout on a machine without CUDA: `official_runner.py CHECKOUT SCRIPT [ARGS]... [-- SCRIPT ...]`.
 
-Everything is replaced from outside, before the script starts: a "cuda" device means the CPU, and `pkg_resources`, which setuptools
-removed in version 82, is stood in for. SCRIPT: a path, relative to CHECKOUT unless absolute.
+Everything is replaced from outside, before the scripts start: a "cuda" device means the CPU, and modules are stood in for that today's
+environments lack and local files do not need (`pkg_resources` was removed from setuptools 82). SCRIPT: relative to CHECKOUT, or absolute.
 """
 
+import importlib
+import itertools
 import os
 import runpy
 import sys
 import types
 
 import torch
+
+_DEVICE = torch.device
 
 
 class _DeviceType(type):
@@ -24,16 +28,29 @@ class _Device(metaclass=_DeviceType):
         return _DEVICE('cpu')
 
 
-def main(checkout: str, script: str, *args: str) -> None:
-    stub = types.ModuleType('pkg_resources')
-    stub.parse_version = lambda text: tuple(int(part) for part in text.split('+')[0].split('.')[:2])
-    sys.modules['pkg_resources'] = stub
+def _stand_in(name: str, **attributes) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
+
+
+def main(checkout: str, *words: str) -> None:
+    _stand_in('requests')
+    _stand_in('pkg_resources', parse_version=lambda text: tuple(int(part) for part in text.split('+')[0].split('.')[:2]))
     torch.device = _Device
     sys.path.insert(0, checkout)
-    sys.argv = [script, *args]
-    runpy.run_path(os.path.join(checkout, script), run_name='__main__')
+    for is_separator, command in itertools.groupby(words, lambda word: word == '--'):
+        if not is_separator:
+            sys.argv = list(command)
+            print(f'$ {" ".join(sys.argv)}', flush=True)
+            try:
+                runpy.run_path(os.path.join(checkout, sys.argv[0]), run_name='__main__')
+            except SystemExit as end:
+                if end.code:
+                    raise
 
 
-_DEVICE = torch.device
 if __name__ == '__main__':
     main(*sys.argv[1:])

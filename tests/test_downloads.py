@@ -29,6 +29,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.last_modified = None
         self.headers = {}
         self.script = []
+        self.stall = threading.Event()
         self.requests = []
 
     def url(self, path='/net.pkl'):
@@ -63,9 +64,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if action != 'no length':
             self.send_header('Content-Length', str(len(data) - start))
         self.end_headers()
-        # 'break N': N bytes of the body, then the connection ends.
-        stop = start + int(action.split(' ')[1]) if action.startswith('break') else len(data)
+        # 'break N': N bytes of the body, then the connection ends; 'stall N': then silence.
+        stop = start + int(action.split(' ')[1]) if action.startswith(('break', 'stall')) else len(data)
         self.wfile.write(data[start:stop])
+        if action.startswith('stall'):
+            server.stall.wait()
 
     def log_message(self, *args):
         pass
@@ -77,6 +80,7 @@ def server():
     thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
     thread.start()
     yield server
+    server.stall.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -144,6 +148,18 @@ def test_the_next_call_goes_on_too(server, cache_dir):
 def test_progress_renews_the_attempts(server, cache_dir):
     server.script = ['break 1000', 500] * 6
     assert fetch(server.url()).read_bytes() == CONTENT
+
+
+def test_silence_ends_an_attempt(server, cache_dir):
+    server.script = ['stall 200000']
+    assert fetch(server.url(), timeout_s=0.2).read_bytes() == CONTENT
+    assert server.requests[-1]['Range'] == 'bytes=200000-'
+
+
+def test_a_server_that_never_gets_further_is_given_up(server, cache_dir):
+    server.script = ['break 1000', 'wrong range'] * 10
+    with pytest.raises(UserError, match='cannot download'):
+        fetch(server.url())
 
 
 def test_a_file_changed_on_the_server_is_fetched_whole(server, cache_dir):

@@ -306,7 +306,7 @@ GOOD = pickle.dumps({'z_dim': 512, 'path': '/data'}, 4)
     (b'\x80\x02(K\x01ios\nsystem\n.', 'instruction INST'),
     (b'\x80\x02\xff.', 'instruction 0xff'),
     (b'\x80\x04}\x94h\x00K\x01s.', 'key .* is a dict'),
-])
+], ids=lambda value: value if isinstance(value, str) else '')
 def test_says_what_is_wrong_with_a_file(data, message, tmp_path):
     path = tmp_path / 'some.pkl'
     path.write_bytes(data)

@@ -34,6 +34,7 @@ def closed(**reports):
         ([NAN, 1.0], 2, NAN, NAN),
         ([math.inf, 1.0], 2, NAN, NAN),
         ([[1e200, 1e200]], 2, 1e200, NAN),
+        ([[1e200, -1e200]], 2, 0.0, NAN),
     ],
 )
 def test_moments_by_hand(values, num, mean, std):

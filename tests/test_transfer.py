@@ -1,0 +1,150 @@
+"""The command of the main job, end to end on tiny networks: what it writes, what it keeps, what it refuses."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from m2m_stylegan import slicing, snapshots, transfer
+from m2m_stylegan.errors import UserError
+from tools.transfer import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    """An unconditional 16 x 16 pickle and a matching dataset."""
+    pickle = tmp_path / 'source.pkl'
+    snapshots.save(pickle, G=tiny.generator(seed=1), D=tiny.discriminator(), G_ema=tiny.generator(seed=2))
+    return {'network': str(pickle), 'data': str(tiny.dataset_zip(tmp_path / 'data.zip'))}
+
+
+def run(tmp_path, *args, **options):
+    options = {'outdir': tmp_path / 'runs', 'cache_dir': tmp_path / 'cache', 'kimg': 0.016, 'batch': 4, 'bank': 32, 'device': 'cpu', **options}
+    options = [f'--{name.replace("_", "-")}={value}' for name, value in options.items() if value is not None]
+    return CliRunner().invoke(main, [*options, *args], catch_exceptions=False)
+
+
+def test_high_res_transfer(tmp_path, files):
+    result = run(tmp_path, **files, slice=8)
+    assert result.exit_code == 0, result.output
+    directory, = (tmp_path / 'runs').iterdir()
+    assert directory.name == '00000-data-auto1-kimg0.016-batch4-resumecustom-m2m-high-res-slice8'
+    written = {path.name for path in directory.iterdir() if 'tfevents' not in path.name}
+    assert written == {'training_options.json', 'log.txt', 'reals.png', 'fakes_init.png', 'fakes000000.png', 'network-snapshot-000000.pkl',
+                       'stats.jsonl', 'm2m-checkpoint.pt', 'before-after.png'}
+    before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
+    for key in ['G', 'D', 'G_ema']:
+        old, new = (getattr(snapshot, key).state_dict() for snapshot in (before, after))
+        moved = {name for name in new if not torch.equal(old[name], new[name])}
+        assert moved, key
+        if key != 'D':
+            assert all(not slicing.is_low_res(name, 8) for name in moved), key
+    assert after.training_set_kwargs['path'] == str(tmp_path / 'data.zip')
+    log = (directory / 'log.txt').read_text()
+    assert 'G.b8 ' in log and 'cached' in log and 'tick 0 ' in log and 'Result:' in log and '\r' not in log
+    options = json.loads((directory / 'training_options.json').read_text())
+    assert list(options)[:9] == ['num_gpus', 'image_snapshot_ticks', 'network_snapshot_ticks', 'metrics', 'random_seed', 'training_set_kwargs',
+                                 'data_loader_kwargs', 'G_kwargs', 'D_kwargs']
+    assert options['m2m']['network_sha256'] == before.sha256
+
+
+def test_second_run_finds_the_cache(tmp_path, files, monkeypatch):
+    assert run(tmp_path, **files, slice=8, seed=3).exit_code == 0
+    calls = []
+    original = transfer.feature_bank.make_chunk
+    monkeypatch.setattr(transfer.feature_bank, 'make_chunk', lambda *args, **kwargs: calls.append(args[4]) or original(*args, **kwargs))
+    assert run(tmp_path, **files, slice=8, seed=3).exit_code == 0
+    assert calls == [0, 2]  # the probe of the value range, and one refresh of the bank: nothing of the cached part
+    assert len(list((tmp_path / 'cache' / 'features').iterdir())) == 1
+    assert run(tmp_path, **files, slice=4, seed=3).exit_code == 0
+    assert len(list((tmp_path / 'cache' / 'features').iterdir())) == 2
+
+
+def test_full_training_and_freezed(tmp_path, files):
+    assert run(tmp_path, **files, train='full', bank=None, freezed=2, aug='fixed', p=0.5, augpipe='blit').exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    assert directory.name == '00000-data-auto1-kimg0.016-batch4-fixed-p0.5-blit-resumecustom-freezed2'
+    before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
+    still = {name for name, param in after.D.named_parameters() if torch.equal(param, before.D.state_dict()[name])}
+    assert still == {f'b16.{layer}.{kind}' for layer in ('fromrgb', 'conv0') for kind in ('weight', 'bias')}
+    assert float(after.augment_pipe.state['_buffers']['p']) == 0.5
+
+
+def test_from_scratch_then_resume(tmp_path, files):
+    shape = {'cbase': 64, 'cmax': 8, 'latent_dim': 8, 'bank': None, 'train': 'full', 'network': 'none', 'data': files['data']}
+    assert run(tmp_path, **shape).exit_code == 0
+    result = run(tmp_path, resume='latest', kimg=0.032)
+    assert result.exit_code == 0, result.output
+    directory, = (tmp_path / 'runs').iterdir()
+    counters = torch.load(directory / 'm2m-checkpoint.pt', weights_only=True)['counters']
+    assert counters['cur_nimg'] == 32
+    whole = run(tmp_path, **{**shape, 'kimg': 0.032})
+    assert whole.exit_code == 0
+    other = max((tmp_path / 'runs').iterdir())
+    first, second = (snapshots.load(path / 'network-snapshot-000000.pkl').G_ema.state_dict() for path in (directory, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_conditional_transfer(tmp_path):
+    pickle = tmp_path / 'cond.pkl'
+    snapshots.save(pickle, G=tiny.generator(c_dim=3, seed=1), D=tiny.discriminator(c_dim=3), G_ema=tiny.generator(c_dim=3, seed=2))
+    data = tiny.dataset_zip(tmp_path / 'data.zip', num_classes=3)
+    assert run(tmp_path, network=pickle, data=data, cond=1, mirror=1, subset=9).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    assert '-cond-subset9-mirror-auto1' in directory.name
+    result = run(tmp_path, network=pickle, data=data)
+    assert result.exit_code == 1 and 'the network is conditional (3 label values): pass --cond=1' in result.output
+    result = run(tmp_path, network=pickle, data=tiny.dataset_zip(tmp_path / 'two.zip', num_classes=2), cond=1)
+    assert 'the network takes 3 label values, the dataset has 2' in result.output
+
+
+def test_dry_run_writes_nothing(tmp_path, files):
+    result = run(tmp_path, '-n', **files)
+    assert result.exit_code == 0 and '"total_kimg": 0.016' in result.output and 'nothing was written' in result.output
+    assert not (tmp_path / 'runs').exists() and not (tmp_path / 'cache').exists()
+
+
+def test_contradictions_are_listed_at_once(tmp_path):
+    with pytest.raises(UserError) as err:
+        transfer.check_options(transfer.TransferOptions(
+            outdir='x', aug='noaug', p=2.0, target=0.5, augpipe='bgc', train='full', slice=8, bank=15, cbase=3, kimg=0, gamma=-1, metrics='fid50k_full'))
+    text = str(err.value)
+    for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada', '--augpipe has no meaning',
+                 '--slice is only used with --train=high-res', '--bank is only used', '--cbase shapes a new network', '--kimg=0 must be positive',
+                 '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16', '--metrics=fid50k_full: this version evaluates no metrics']:
+        assert part in text, part
+
+
+def test_mismatched_data_is_refused_with_the_way_out(tmp_path, files):
+    data = tiny.dataset_zip(tmp_path / 'gray8.zip', resolution=8, channels=1)
+    result = run(tmp_path, network=files['network'], data=data)
+    assert result.exit_code == 1
+    assert 'the network makes 16 x 16 images, the dataset has 8 x 8: run python tools/dataset.py' in result.output
+    assert 'the network makes images of 3 channels, the dataset has 1' in result.output
+    assert 'Traceback' not in result.output and not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'slice': 12}, r'--slice=12: expected one of \[4, 8, 16\]'),
+    ({'slice': 16}, 'leaves no high-res block to train'),
+    ({'device': 'tpu'}, '--device=tpu: expected auto, cpu, cuda or cuda:N'),
+    ({'device': 'cuda:99'}, r'--device=cuda:99: PyTorch \S+ sees \d+ CUDA devices'),
+    ({'cond': 1}, 'has no labels'),
+    ({'batch_gpu': 3}, '--batch=4 must be a multiple of --batch-gpu=3'),
+    ({'resume': 'nowhere'}, '--resume=nowhere: expected a run directory'),
+    ({'resume': 'latest'}, 'no run directory in .* holds a checkpoint'),
+    ({'network': 'missing.pkl'}, 'missing.pkl'),
+    ({'data': 'missing.zip'}, 'missing.zip'),
+])
+def test_refused(tmp_path, files, options, message):
+    result = run(tmp_path, **{**files, **options})
+    assert result.exit_code == 1 and re.search(message, result.output.replace('\n', ' ')), result.output
+    assert 'Traceback' not in result.output
+
+
+def test_help_needs_no_torch():
+    result = CliRunner().invoke(main, ['--help'])
+    assert result.exit_code == 0 and '--network' in result.output
