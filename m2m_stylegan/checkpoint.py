@@ -55,7 +55,8 @@ def load(run_dir: Path, live: Live) -> None:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as err:
-        raise UserError(f'{path} is damaged ({str(err).splitlines()[0]}). Pass --resume=.../network-snapshot-*.pkl to continue from weights alone.') from err
+        raise UserError(f'{path} is damaged ({str(err).splitlines()[0]}). '
+                        'Pass --resume=.../network-snapshot-*.pkl to continue from weights alone.') from err
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise UserError(f'{path} has format {content.get("format") if isinstance(content, dict) else "unknown"}, this version reads format {FORMAT}.')
     _check_fit(path, content, live)

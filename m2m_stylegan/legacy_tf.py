@@ -17,6 +17,7 @@ from m2m_stylegan.pickles import TFNetwork
 
 MIN_VERSION = 4
 MAX_LAYERS = 100
+MAX_COMPONENTS = 10     # per network; the real ones have two, and nest once
 
 
 def _positive(value: object) -> bool:
@@ -171,7 +172,7 @@ def _collect(net: TFNetwork, resolution: int) -> tuple[Variables, bool]:
 def _collect_into(variables: Variables, net: object, prefix: str, depth: int) -> None:
     state = net.state if isinstance(net, TFNetwork) else {}
     own, components = state.get('variables'), state.get('components', {})
-    if depth > 2 or type(own) is not list or not isinstance(components, dict):
+    if type(own) is not list or not isinstance(components, dict) or depth > 2 or len(components) > MAX_COMPONENTS:
         raise UserError(f'component {printable(prefix) or "(top)"} is not a network')
     for item in own:
         if type(item) is not tuple or len(item) != 2 or type(item[0]) is not str or type(item[1]) not in (np.ndarray, float):

@@ -47,7 +47,7 @@ def build(record: Record) -> networks.Generator | networks.Discriminator:
     problems = _structure_problems(net, contents)
     for path, name, ours, theirs in _attribute_differences(net, contents):
         if name not in OPTIONS:
-            problems.append(f'{join(path, name)} is {show(theirs)}, but its tensors say {show(ours)}')
+            problems.append(f'{join(path, name)} is {show(theirs)}, expected {show(ours)}')
         elif not OPTIONS[name](theirs):
             problems.append(f'{join(path, name)} has the impossible value {show(theirs)}')
         else:

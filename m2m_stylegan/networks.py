@@ -10,7 +10,6 @@ tools: it needs nothing but torch and numpy and keeps to the syntax and APIs of 
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 try:
     from m2m_stylegan.ops import activation_gain, bias_act, conv2d_resample, downsample2d, setup_filter, upsample2d

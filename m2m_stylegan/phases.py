@@ -77,7 +77,8 @@ class BankSource:
 class Game:
     """Generator and discriminator with everything between them: source of latents, augmentation, loss weights, path-length mean."""
 
-    def __init__(self, source, D: Callable, augment: Callable[[torch.Tensor], torch.Tensor], options: LossOptions, report: Report, device: torch.device):
+    def __init__(self, source, D: Callable, augment: Callable[[torch.Tensor], torch.Tensor], options: LossOptions, report: Report,
+                 device: torch.device):
         self.source, self.D, self.augment, self.options, self.report = source, D, augment, options, report
         self.pl_mean = torch.zeros([], device=device)
 

@@ -19,7 +19,8 @@ def slice_resolutions(img_resolution: int) -> list[int]:
 def check_slice(res: int, img_resolution: int) -> None:
     """Raise UserError unless `res` is a resolution at which both networks can be cut into two parts."""
     if res not in slice_resolutions(img_resolution):
-        raise UserError(f'--slice={res}: expected one of {slice_resolutions(img_resolution)} for a network of {img_resolution} x {img_resolution} pixels.')
+        expected = slice_resolutions(img_resolution)
+        raise UserError(f'--slice={res}: expected one of {expected} for a network of {img_resolution} x {img_resolution} pixels.')
     if res == img_resolution:
         raise UserError(f'--slice={res} is the image resolution: that leaves no high-res block to train.')
 
@@ -43,7 +44,7 @@ def g_high(G, x: torch.Tensor, img: torch.Tensor | None, ws: torch.Tensor, res: 
 
 
 def d_high(D, img: torch.Tensor, res: int, **block_kwargs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Discriminator blocks b{R} .. b{2 res}: image [N, img_channels, R, R] => x [N, C(res), res, res] (None if res is R) and img (architecture skip)."""
+    """Discriminator blocks b{R} .. b{2 res}: image [N, img_channels, R, R] => x [N, C(res), res, res] (None if res is R), img (architecture skip)."""
     return D.run(None, img, [r for r in D.block_resolutions if r > res], **block_kwargs)
 
 
@@ -61,7 +62,8 @@ def tensor_names(net: torch.nn.Module, res: int | None, part: str) -> frozenset[
 
 def freezed_names(D, num_layers: int) -> frozenset[str]:
     """Names of the tensors of D's first `num_layers` layers, counted from the pixels: FreezeD (2002.10964)."""
-    layers = [f'b{res}.{layer}.' for res in D.block_resolutions for layer in ('fromrgb', 'conv0', 'conv1', 'skip') if hasattr(getattr(D, f'b{res}'), layer)]
+    layers = [f'b{res}.{layer}.' for res in D.block_resolutions for layer in ('fromrgb', 'conv0', 'conv1', 'skip')
+              if hasattr(getattr(D, f'b{res}'), layer)]
     return frozenset(name for name in tensor_names(D, None, 'all') if name.startswith(tuple(layers[:num_layers])))
 
 

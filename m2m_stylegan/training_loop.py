@@ -38,7 +38,7 @@ class LoopOptions:
     D_lr: float = 0.0025
     ema_kimg: float = 5
     ema_rampup: float | None = 0.05
-    loss: phases.LossOptions = phases.LossOptions()
+    loss: phases.LossOptions = dataclasses.field(default_factory=phases.LossOptions)
     ada_target: float | None = None          # None: p stays what it is
     ada_interval: int = 4                    # batches between adjustments of p
     ada_kimg: float = 500
@@ -115,7 +115,8 @@ def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str
     if options.train == 'full':
         frozen = slicing.freezed_names(state.D, options.freezed)
         return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all') - frozen}
-    return {'G': slicing.tensor_names(state.G, options.slice_res, 'high-res'), 'D': slicing.tensor_names(state.D, options.slice_res, options.d_trains)}
+    return {'G': slicing.tensor_names(state.G, options.slice_res, 'high-res'),
+            'D': slicing.tensor_names(state.D, options.slice_res, options.d_trains)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ def training_loop(
                         collector.report(f'Timing/{phase.name}', (time.perf_counter() - phase_start) * 1000)
 
             # Moving average, counters, feature bank.
-            phases.update_ema(state.G_ema, state.G, losses.ema_beta(options.batch_size, state.cur_nimg, options.ema_kimg, options.ema_rampup), names['G'])
+            beta = losses.ema_beta(options.batch_size, state.cur_nimg, options.ema_kimg, options.ema_rampup)
+            phases.update_ema(state.G_ema, state.G, beta, names['G'])
             state.cur_nimg += options.batch_size
             state.batch_idx += 1
             if bank is not None and state.batch_idx % options.refresh_interval == 0:
@@ -230,7 +232,7 @@ def training_loop(
             # Tick: status line, statistics.
             now = time.time()
             state.elapsed_seconds = earlier_seconds + now - start_time
-            _report_tick(collector, state, options, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
+            _report_tick(collector, state, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
             collector.update()
             progress.echo(_status_line(collector), echo)
             writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
@@ -238,7 +240,8 @@ def training_loop(
             # Snapshot: picture, pickle, checkpoint.
             if reason is not None or state.cur_tick % options.snapshot_ticks == 0:
                 kimg = state.cur_nimg // 1000
-                save_image_grid(sample_grid(state.G_ema, grid, options.batch_gpu, **block_kwargs), run_dir / f'fakes{kimg:06d}.png', (-1, 1), grid.size)
+                samples = sample_grid(state.G_ema, grid, options.batch_gpu, **block_kwargs)
+                save_image_grid(samples, run_dir / f'fakes{kimg:06d}.png', (-1, 1), grid.size)
                 save_network(run_dir / f'network-snapshot-{kimg:06d}.pkl', state)
                 state.cur_tick += 1
                 checkpoint.save(run_dir, live)
@@ -250,7 +253,7 @@ def training_loop(
     return reason
 
 
-def _report_tick(collector, state: State, options: LoopOptions, seconds: float, nimg: int, maintenance_seconds: float, device: torch.device) -> None:
+def _report_tick(collector, state: State, seconds: float, nimg: int, maintenance_seconds: float, device: torch.device) -> None:
     for name, value in {
             'Progress/tick': state.cur_tick, 'Progress/kimg': state.cur_nimg / 1000,
             'Progress/augment': float(state.augment_pipe.p) if state.augment_pipe is not None else 0.0,

@@ -19,103 +19,11 @@ from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.images import from_uint8, save_image_grid, save_panels
 from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, sample_grid, trained_names, training_loop
+from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, loop_options, new_network_kwargs, slice_of
 
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
+BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
 CPU_GRID = (8, 8)  # The official grid of up to 32 x 32 pictures would take longer to make than a tick on a CPU.
-
-
-@dataclasses.dataclass(frozen=True)
-class TransferOptions:
-    """The command line of tools/transfer.py, one field per option, with the official names; None means 'choose for me'."""
-
-    outdir: str
-    network: str = 'demo'
-    data: str | None = None
-    train: str = 'high-res'
-    slice: int | None = None
-    d_trains: str = 'all'
-    bank: int | None = None
-    cache_dir: str | None = None
-    cond: bool = False
-    subset: int | None = None
-    mirror: bool = False
-    gamma: float | None = None
-    kimg: float | None = None
-    minutes: float | None = None
-    batch: int | None = None
-    batch_gpu: int | None = None
-    lr: float | None = None
-    aug: str = 'ada'
-    p: float | None = None
-    target: float | None = None
-    augpipe: str | None = None
-    freezed: int = 0
-    pl_weight: float | None = None
-    tick: float | None = None
-    snap: int = 50
-    metrics: str = 'none'
-    seed: int = 0
-    workers: int = 3
-    device: str = 'auto'
-    nhwc: bool = False
-    allow_tf32: bool = False
-    nobench: bool = False
-    fp32: bool = False
-    resume: str | None = None
-    dry_run: bool = False
-    cbase: int | None = None
-    cmax: int | None = None
-    map_depth: int | None = None
-    latent_dim: int | None = None
-
-
-def check_options(options: TransferOptions) -> None:
-    """Raise one UserError that lists every contradiction between options."""
-    scratch = options.network == 'none'
-    problems = []
-
-    def need(condition: bool, text: str) -> None:
-        if not condition:
-            problems.append(text)
-
-    need(options.aug == 'fixed' or options.p is None, '--p is only used with --aug=fixed')
-    need(options.aug != 'fixed' or options.p is not None, '--aug=fixed needs --p, the probability of each augmentation in [0, 1]')
-    need(options.p is None or 0 <= options.p <= 1, f'--p={options.p} must lie in [0, 1]')
-    need(options.aug == 'ada' or options.target is None, '--target is only used with --aug=ada')
-    need(options.target is None or 0 <= options.target <= 1, f'--target={options.target} must lie in [0, 1]')
-    need(options.aug != 'noaug' or options.augpipe is None, '--augpipe has no meaning with --aug=noaug')
-    need(options.train == 'high-res' or options.slice is None, f'--slice is only used with --train=high-res, not with --train={options.train}')
-    need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
-    need(options.train == 'full' or options.freezed == 0, '--freezed is FreezeD, a form of --train=full; with --train=high-res use --d-trains=high-res')
-    need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
-    for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
-        need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
-    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'subset', 'bank'):
-        value = getattr(options, name)
-        need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
-    need(options.gamma is None or options.gamma >= 0, f'--gamma={options.gamma} must not be negative')
-    need(options.bank is None or options.bank % feature_bank.CHUNK_ITEMS == 0, f'--bank={options.bank} must be a multiple of {feature_bank.CHUNK_ITEMS}')
-    need(options.snap > 0, f'--snap={options.snap} must be at least 1')
-    need(options.metrics in ('none', ''), f'--metrics={options.metrics}: this version evaluates no metrics while training; pass --metrics=none and run '
-         'calc_metrics on the snapshots')
-    if problems:
-        raise UserError('These options do not go together:\n' + '\n'.join(f'  * {problem}' for problem in problems))
-
-
-def choose_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:N' => device. Raises UserError if it is not there."""
-    if name == 'auto':
-        return torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
-    try:
-        device = torch.device(name)
-    except RuntimeError as err:
-        raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N') from err
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device={name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. '
-                        'Install a CUDA build of PyTorch, or use --device=cpu.')
-    if device.type not in ('cpu', 'cuda'):
-        raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N')
-    return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
 
 
 @dataclasses.dataclass
@@ -143,7 +51,8 @@ def plan(options: TransferOptions) -> Job:
         weights = options.network if options.resume is None or Path(options.resume).is_dir() else options.resume
         network_path = downloads.resolve(weights, options.cache_dir)
         snapshot = snapshots.load(network_path)
-    dataset = ImageDataset(options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
+    dataset = ImageDataset(
+        options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
     if snapshot is not None:
         check_match(snapshot.G_ema, dataset)
         if options.train == 'high-res':
@@ -163,7 +72,8 @@ def check_match(G, dataset: ImageDataset) -> None:
     """Raise one UserError that lists in what the dataset does not fit the network."""
     problems = []
     if dataset.resolution != G.img_resolution:
-        problems.append(f'the network makes {G.img_resolution} x {G.img_resolution} images, the dataset has {dataset.resolution} x {dataset.resolution}: run '
+        problems.append(f'the network makes {G.img_resolution} x {G.img_resolution} images, '
+                        f'the dataset has {dataset.resolution} x {dataset.resolution}: run '
                         f'python tools/dataset.py --source={dataset.path} --dest=OUT.zip --resolution={G.img_resolution}')
     if dataset.num_channels != G.img_channels:
         problems.append(f'the network makes images of {G.img_channels} channels, the dataset has {dataset.num_channels}')
@@ -173,43 +83,6 @@ def check_match(G, dataset: ImageDataset) -> None:
         problems.append(f'the network takes {G.c_dim} label values, the dataset has {dataset.label_dim}')
     if problems:
         raise UserError(f'{dataset.path} does not fit the network:\n' + '\n'.join(f'  * {problem}' for problem in problems))
-
-
-def slice_of(options: TransferOptions, resolution: int) -> int:
-    """The slice resolution: as given, else the default for this image resolution."""
-    return options.slice or max(resolution // 8, 4)
-
-
-def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
-    """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks."""
-    on_cpu, scratch = device.type == 'cpu', options.network == 'none'
-    batch = options.batch or min(max(min(4096 // resolution, 32), 1), 16 if on_cpu else 32)
-    batch_gpu = min(options.batch_gpu or batch, batch)
-    if batch % batch_gpu:
-        raise UserError(f'--batch={batch} must be a multiple of --batch-gpu={batch_gpu}.')
-    lr = options.lr or (0.002 if resolution >= 1024 else 0.0025)
-    gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
-    loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
-    return LoopOptions(
-        train=options.train, d_trains=options.d_trains, freezed=options.freezed, slice_res=slice_of(options, resolution) if options.train == 'high-res' else None,
-        seed=options.seed, batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
-        max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
-        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=0.05 if scratch else None, loss=loss,
-        ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
-        force_fp32=on_cpu or options.fp32)
-
-
-def new_network_kwargs(options: TransferOptions, dataset: ImageDataset, loop: LoopOptions) -> tuple[dict, dict]:
-    """Constructor arguments of G and D for training from scratch: the official `auto` configuration, with overrides."""
-    dim = options.latent_dim or 512
-    size = {'channel_base': options.cbase or (32768 if dataset.resolution >= 512 else 16384), 'channel_max': options.cmax or 512,
-            'num_fp16_res': 0 if options.fp32 else 4, 'conv_clamp': None if options.fp32 else 256}
-    layout = {'fp16_channels_last': True} if options.nhwc else {}
-    shape = {'c_dim': dataset.label_dim, 'img_resolution': dataset.resolution, 'img_channels': dataset.num_channels}
-    G_kwargs = {'z_dim': dim, 'w_dim': dim, 'mapping_kwargs': {'num_layers': options.map_depth or 2}, 'synthesis_kwargs': {**size, **layout}, **shape}
-    D_kwargs = {'block_kwargs': layout, 'mapping_kwargs': {},
-                'epilogue_kwargs': {'mbstd_group_size': min(loop.batch_gpu, 4)}, **size, **shape}
-    return G_kwargs, D_kwargs
 
 
 def run_description(job: Job) -> str:
@@ -300,11 +173,12 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     dtype = feature_bank.storage_dtype(probe)
     item_bytes = sum(value[0].numel() * (dtype.itemsize if name in ('x', 'img') else 4) for name, value in probe.items())
     chunk_items = feature_bank.CHUNK_ITEMS
-    num_items = options.bank or min(max(features.items_for_budget(item_bytes, 1 << 30), chunk_items), 4096) // chunk_items * chunk_items
-    label_digest = hashlib.sha256(np.stack([job.dataset.get_label(i) for i in range(len(job.dataset))]).tobytes()).hexdigest() if options.cond else None
-    fingerprint = {'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
-                   'style_mixing_prob': loop.loss.style_mixing_prob, 'dtype': str(dtype), 'labels_sha256': label_digest, 'items': num_items,
-                   'force_fp32': loop.force_fp32, 'device': job.device.type}
+    num_items = options.bank or min(max(features.items_for_budget(item_bytes, BANK_BYTES), chunk_items), BANK_ITEMS) // chunk_items * chunk_items
+    all_labels = np.stack([job.dataset.get_label(i) for i in range(len(job.dataset))])
+    fingerprint = {
+        'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
+        'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': hashlib.sha256(all_labels.tobytes()).hexdigest(), 'items': num_items,
+        'dtype': str(dtype), 'force_fp32': loop.force_fp32, 'device': job.device.type}
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir()
     directory = root / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{digest}'
@@ -376,7 +250,8 @@ def save_before_after(job: Job, directory: Path, before: torch.Tensor, after: to
 
 def find_run(options: TransferOptions) -> Path | None:
     """The run directory that --resume means, or None if it means a pickle or is absent."""
-    if options.resume is None or options.resume.endswith('.pkl') or '://' in options.resume or options.resume in downloads.OFFICIAL_PICKLES:
+    names_pickle = options.resume is None or options.resume.endswith('.pkl') or '://' in options.resume
+    if names_pickle or options.resume in downloads.OFFICIAL_PICKLES:
         return None
     if options.resume == 'latest':
         runs = sorted(path.parent for path in Path(options.outdir).glob(f'*/{checkpoint.FILE_NAME}'))

@@ -2,7 +2,6 @@
 
 import re
 
-import golden
 import numpy as np
 import pytest
 import tf_pickles
@@ -110,10 +109,9 @@ def test_layers_per_level_of_detail(name, old, new, kwargs):
     if name == 'd_orig':
         G = tf_pickles.network('g_resnet')
         G.state['static_kwargs']['num_channels'] = 3
-        for generator in [G.state['components']['synthesis']]:
-            generator.state['variables'] = [
-                (key, {'16x16/ToRGB/weight': np.ones([1, 1, 4, 3], np.float32), '16x16/ToRGB/bias': np.ones([3], np.float32)}.get(key, array))
-                for key, array in generator.state['variables']]
+        rgb = {'16x16/ToRGB/weight': np.ones([1, 1, 4, 3], np.float32), '16x16/ToRGB/bias': np.ones([3], np.float32)}
+        synthesis = G.state['components']['synthesis'].state
+        synthesis['variables'] = [(key, rgb.get(key, array)) for key, array in synthesis['variables']]
         D = load(G, net, G).D
         assert D.b16.architecture == 'orig'
         assert torch.equal(D.b16.fromrgb.weight, VECTORS.tensor('d_orig/pt/b16.fromrgb.weight', torch.float32))
@@ -153,8 +151,11 @@ def test_variables_that_do_not_fit_are_all_listed():
         'D: variable 4x4/Conv/weight is of type int32, expected float32',
         'D: variable Output/bias has the shape [2]; b4.out.bias needs [1], from it comes [2]',
     ]
-    assert 'Gs: variable synthesis/4x4/Conv/weight has the shape [3, 3, 8, 8]; synthesis.b4.conv1.weight needs [4, 4, 3, 3], from it comes [8, 8, 3, 3]' in problems
-    assert 'Gs: variable synthesis/4x4/Const/const has the shape [1, 8, 4, 4]; synthesis.b4.const needs [4, 4, 4], from it comes [8, 4, 4]' in problems
+    assert problems[3:5] == [
+        'Gs: variable synthesis/4x4/Const/const has the shape [1, 8, 4, 4]; synthesis.b4.const needs [4, 4, 4], from it comes [8, 4, 4]',
+        'Gs: variable synthesis/4x4/Conv/weight has the shape [3, 3, 8, 8]; synthesis.b4.conv1.weight needs [4, 4, 3, 3], '
+        'from it comes [8, 8, 3, 3]',
+    ]
 
 
 def test_variables_without_a_place_are_reported():
@@ -164,10 +165,15 @@ def test_variables_without_a_place_are_reported():
         load(D=D)
 
 
+WIDE = tf_pickles.Network({'variables': [], 'components': {str(i): tf_pickles.Network({'variables': []}) for i in range(20)}})
+
+
 @pytest.mark.parametrize('change, problem', [
+    ({'components': {'x': WIDE}}, 'D: component x/ is not a network'),
     ({'variables': None}, 'D: component (top) is not a network'),
     ({'components': {'x': 1}}, 'D: component x/ is not a network'),
-    ({'components': {'x': tf_pickles.Network({'variables': [('a', 'b')]})}}, 'D: component x/ has variables that are not pairs of a name and an array'),
+    ({'components': {'x': tf_pickles.Network({'variables': [('a', 'b')]})}},
+     'D: component x/ has variables that are not pairs of a name and an array'),
     ({'static_kwargs': [1]}, 'D: its static_kwargs are [1], expected a dict'),
     ({'version': None}, 'D: it has format version None, expected 4 or newer: StyleGAN (1) and Progressive GAN are not supported'),
 ])
@@ -181,7 +187,7 @@ def test_components_within_themselves():
     net = tf_pickles.network('d_skip').state
     root = pickles.TFNetwork({**net, 'components': {'x': pickles.TFNetwork({'variables': [], 'components': {}})}})
     root.state['components']['x'].state['components']['y'] = root.state['components']['x']
-    with pytest.raises(UserError, match=r'G: component x/y/y/ is not a network'):
+    with pytest.raises(UserError, match=r'D: component x/y/y/ is not a network'):
         legacy_tf.convert((root, root, root))
 
 
@@ -193,10 +199,3 @@ def test_wrong_number_of_networks():
 def test_sizes_that_are_lies_allocate_nothing():
     problems = problems_of(G=tf_pickles.network('g_resnet', {**G_KWARGS, 'fmap_base': 2**20, 'fmap_max': 2**20, 'dlatent_size': 2**20}))
     assert any('needs [1048576]' in problem for problem in problems)
-
-
-def test_golden_file_covers_every_rule():
-    names = {re.sub(r'\d+', '#', key.split('/tf/')[1]) for key in VECTORS.arrays if '/tf/' in key}
-    assert golden.load('tf_mapping') is VECTORS
-    assert {'dlatent_avg', 'mapping/LabelEmbed/weight', 'mapping/Dense#/weight', 'synthesis/noise#', 'synthesis/#x#/Const/const', 'synthesis/#x#/Skip/weight',
-            'LabelEmbed/bias', 'Mapping#/weight', '#x#/FromRGB/bias', '#x#/Dense#/weight', 'Output/weight'} <= names

@@ -38,7 +38,8 @@ def test_upfirdn2d_values_and_gradients(case, dtype, tolerance, fmt):
 def test_upfirdn2d_gradgradcheck():
     x = torch.randn([2, 3, 5, 4], dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     f = UPFIRDN.tensor('filter/asym2d')
-    for kwargs in [{'up': 2, 'padding': [2, 1, 3, 0], 'gain': 4}, {'down': 2, 'padding': [1, 2, 1, 1]}, {'padding': [3, -1, 2, 2], 'flip_filter': True}]:
+    for kwargs in [{'up': 2, 'padding': [2, 1, 3, 0], 'gain': 4}, {'down': 2, 'padding': [1, 2, 1, 1]},
+                   {'padding': [3, -1, 2, 2], 'flip_filter': True}]:
         assert torch.autograd.gradcheck(lambda x, kw=kwargs: ops.upfirdn2d(x, f, **kw), x)
         assert torch.autograd.gradgradcheck(lambda x, kw=kwargs: ops.upfirdn2d(x, f, **kw), x)
 

@@ -1,6 +1,7 @@
 """The training loop: what moves, what stays, what is written, and that a resumed run is the uninterrupted one."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -51,10 +52,11 @@ def start(dataset, options, architecture='skip'):
 
 
 def options_for(train, **changes):
-    values = dict(train=train, slice_res=4 if train == 'high-res' else None, batch_size=4, batch_gpu=4, total_kimg=0.040, kimg_per_tick=0.016,
-                  snapshot_ticks=1, ada_target=0.6, ada_kimg=1, refresh_interval=2, ema_rampup=None,
-                  loss=phases.LossOptions(r1_gamma=1, G_reg_interval=2, D_reg_interval=3))
-    return LoopOptions(**{**values, **changes})
+    options = LoopOptions(
+        train=train, slice_res=4 if train == 'high-res' else None, batch_size=4, batch_gpu=4, total_kimg=0.040, kimg_per_tick=0.016,
+        snapshot_ticks=1, ada_target=0.6, ada_kimg=1, refresh_interval=2, ema_rampup=None,
+        loss=phases.LossOptions(r1_gamma=1, G_reg_interval=2, D_reg_interval=3))
+    return dataclasses.replace(options, **changes)
 
 
 def train(run_dir, dataset, options, *, resume=False, architecture='skip', saved=None):

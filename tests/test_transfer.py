@@ -110,9 +110,11 @@ def test_dry_run_writes_nothing(tmp_path, files):
 def test_contradictions_are_listed_at_once(tmp_path):
     with pytest.raises(UserError) as err:
         transfer.check_options(transfer.TransferOptions(
-            outdir='x', aug='noaug', p=2.0, target=0.5, augpipe='bgc', train='full', slice=8, bank=15, cbase=3, kimg=0, gamma=-1, metrics='fid50k_full'))
+            outdir='x', aug='noaug', p=2.0, target=0.5, augpipe='bgc', train='full', slice=8, bank=15, cbase=3, kimg=0, gamma=-1,
+            metrics='fid50k_full'))
     text = str(err.value)
-    for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada', '--augpipe has no meaning',
+    for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada',
+                 '--augpipe has no meaning',
                  '--slice is only used with --train=high-res', '--bank is only used', '--cbase shapes a new network', '--kimg=0 must be positive',
                  '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16', '--metrics=fid50k_full: this version evaluates no metrics']:
         assert part in text, part
