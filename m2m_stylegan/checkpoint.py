@@ -67,7 +67,7 @@ def load(run_dir: Path, live: Live) -> None:
     for name in COUNTERS:
         setattr(live.state, name, content['counters'][name])
     live.game.pl_mean = content['pl_mean']
-    live.state.real_signs = content['real_signs'].cpu()
+    live.state.real_signs = content['real_signs']
     if live.bank is not None:
         live.bank.rewind(content['bank_next_chunk'])
 

@@ -162,12 +162,13 @@ def training_loop(
     if options.train != 'full':
         state.G.eval()  # The mapping is frozen, w_avg with it.
 
+    state.real_signs = state.real_signs.to(device)
     collector = stats.Collector()
 
     def report(name: str, value: torch.Tensor) -> None:
         collector.report(name, value)
         if name == 'Loss/signs/real' and options.ada_target is not None:
-            state.real_signs += torch.tensor([float(value.sum()), value.numel()])
+            state.real_signs += torch.stack([value.double().sum(), value.new_full([], value.numel(), dtype=torch.float64)])
 
     block_kwargs = {'force_fp32': options.force_fp32}
     if bank is None:

@@ -114,7 +114,11 @@ def slice_of(options: TransferOptions, resolution: int) -> int:
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
-    """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks."""
+    """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks.
+
+    As in the official --resume, fine-tuning of the whole network keeps the moving average's full half-life from the start. High-res training
+    begins with a short one: its runs can be shorter than that half-life, and the average would still show the source.
+    """
     on_cpu, scratch = device.type == 'cpu', options.network == 'none'
     batch = options.batch or min(max(min(4096 // resolution, 32), 1), 16 if on_cpu else 32)
     batch_gpu = min(options.batch_gpu or batch, batch)
@@ -128,7 +132,7 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
         slice_res=slice_of(options, resolution) if options.train == 'high-res' else None, seed=options.seed,
         batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
-        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=0.05 if scratch else None, loss=loss,
+        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=None if options.train == 'full' and not scratch else 0.05, loss=loss,
         ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
         force_fp32=on_cpu or options.fp32)
 

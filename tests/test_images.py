@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden import load
 
-from m2m_stylegan.images import from_uint8, save_image_grid, to_uint8
+from m2m_stylegan.images import from_uint8, save_image_grid, save_panels, to_uint8
 
 QUANT = load('data_and_schedules').under('quant/', torch.float32)
 
@@ -38,3 +38,14 @@ def test_grid_of_wrong_shape_leaves_no_file(tmp_path, shape):
     with pytest.raises(ValueError, match='3x2 tiles need 6 images'):
         save_image_grid(torch.zeros(shape), tmp_path / 'grid.png', (-1, 1), (3, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_panels_side_by_side(tmp_path):
+    white, black = torch.ones(3, 3, 32, 32), -torch.ones(4, 1, 32, 32)
+    save_panels(tmp_path / 'panels.png', [('before', white), ('after', black)], columns=2)
+    picture = np.asarray(PIL.Image.open(tmp_path / 'panels.png'))
+    side = 2 * 96  # 32 pixels, magnified three times, in two columns
+    assert picture.shape == (20 + side, 2 * side + 12, 3)
+    assert (picture[20:, :side] == 255).all()  # three white images and a blank place
+    assert (picture[20:, side + 12:] == 0).all()
+    assert (picture[:20] < 128).any()  # captions
