@@ -240,8 +240,8 @@ def _g_array(name: str, array: np.ndarray) -> np.ndarray:
         return _without_axes(array, 1)
     if name.endswith('affine.bias'):
         return array + np.float32(1)  # There, the modulation adds the 1 that is the initial value of the bias here.
-    if name.endswith(('conv0.weight', 'skip.weight')):
-        array = array[::-1, ::-1] if array.ndim == 4 else array  # [h, w, in, out]; these layers upsample
+    if name.endswith('conv0.weight') and array.ndim == 4:  # These layers upsample; so do skips, but with 1x1 kernels.
+        array = array[::-1, ::-1]  # [h, w, in, out]
     return _transposed(array)
 
 

@@ -147,7 +147,7 @@ def _attributes(state: dict) -> dict:
 
 
 def _stored(tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor:
-    tensor = tensor.detach().to('cpu', torch.float32).contiguous()
+    tensor = tensor.detach().to('cpu', torch.float32)
     return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 

@@ -58,9 +58,14 @@ def plan(options: TransferOptions) -> Job:
         if options.train == 'high-res':
             slicing.check_slice(slice_of(options, dataset.resolution), dataset.resolution)
     loop = loop_options(options, dataset.resolution, device)
+    num_images = len(dataset) // (2 if options.mirror else 1)
+    if options.subset is not None and options.subset > num_images:
+        raise UserError(f'--subset={options.subset}: {dataset.path} has only {num_images} images.')
+    if snapshot is not None:
+        check_group(snapshot.D, loop.batch_gpu)
     dataset_kwargs = {
         'class_name': 'training.dataset.ImageFolderDataset', 'path': str(Path(dataset.path).resolve()), 'use_labels': options.cond,
-        'max_size': options.subset or len(dataset) // (2 if options.mirror else 1), 'xflip': options.mirror, 'resolution': dataset.resolution}
+        'max_size': num_images, 'xflip': options.mirror, 'resolution': dataset.resolution}
     if options.subset:
         dataset_kwargs['random_seed'] = options.seed
     G_kwargs, D_kwargs = new_network_kwargs(options, dataset, loop) if snapshot is None else (None, None)
@@ -83,6 +88,14 @@ def check_match(G, dataset: ImageDataset) -> None:
         problems.append(f'the network takes {G.c_dim} label values, the dataset has {dataset.label_dim}')
     if problems:
         raise UserError(f'{dataset.path} does not fit the network:\n' + '\n'.join(f'  * {problem}' for problem in problems))
+
+
+def check_group(D, batch_gpu: int) -> None:
+    """Raise UserError if D's minibatch standard deviation cannot divide a batch of batch_gpu images into its groups."""
+    group = D.b4.mbstd.group_size if D.b4.mbstd is not None else 1
+    if group and batch_gpu % min(group, batch_gpu):
+        raise UserError(f'{batch_gpu} images per forward pass (--batch, --batch-gpu) cannot be divided into the groups of {group} images that this '
+                        f'discriminator compares; choose at most {group}, or a multiple of {group}.')
 
 
 def run_description(job: Job) -> str:

@@ -132,7 +132,8 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
         slice_res=slice_of(options, resolution) if options.train == 'high-res' else None, seed=options.seed,
         batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
-        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32, ema_rampup=None if options.train == 'full' and not scratch else 0.05, loss=loss,
+        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32,
+        ema_rampup=None if options.train == 'full' and not scratch else 0.05, loss=loss,
         ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
         force_fp32=on_cpu or options.fp32)
 

@@ -82,12 +82,25 @@ def executing(folder: str) -> Iterator[Case]:
 
 
 ODD = {
-    'none': None, 'true': True, 'int': 7, 'negative': -1, 'huge': 2**63, 'long': -2**120, 'float': 0.5, 'text': 'latin1', 'bytes': b'12345678',
-    'tuple': (), 'list': [], 'dict': {}, 'odict': ODICT, 'easy': make('dnnlib.util.EasyDict'), 'tensor': tensor(), 'storage': storage(),
-    'dtype': dtype(), 'bare dtype': call('numpy.dtype', 'f8', False, True), 'array': array(),
-    'pending': call('numpy.core.multiarray._reconstruct', name('numpy.ndarray'), (0,), b'b'),
-    'network': make('dnnlib.tflib.network.Network'), 'name': name('numpy.ndarray'), 'record': record(),
-    'parameter': call('torch._utils._rebuild_parameter', tensor(), True, ODICT), 'mark': Raw(b'('), 'nothing': Raw(b''),
+    'none': None, 'true': True, 'int': 7, 'negative': -1, 'huge': 2**63, 'long': -2**120, 'float': 0.5, 'text': 'latin1', 'utf-8': 'utf-8',
+    'bytes': b'12345678', 'tuple': (), 'list': [], 'lists': [[]], 'dict': {}, 'odict': ODICT, 'easy': make('dnnlib.util.EasyDict'),
+    'tensor': tensor(), 'storage': storage(), 'dtype': dtype(), 'bare dtype': call('numpy.dtype', 'f8', False, True), 'array': array(),
+    'pending': call('numpy.core.multiarray._reconstruct', name('numpy.ndarray'), (0,), b'b'), 'network': make('dnnlib.tflib.network.Network'),
+    'name': name('numpy.ndarray'), 'record': record(), 'parameter': call('torch._utils._rebuild_parameter', tensor(), True, ODICT),
+    'mark': Raw(b'('), 'nothing': Raw(b''),
+}
+
+
+# Odd values that some names take, and rightly.
+HARMLESS = {
+    'OrderedDict': ('with tuple', 'of only nothing', 'and nothing'),
+    'EasyDict': ('new with tuple', 'new of nothing'),
+    'set': ('of only list', 'argument 0 list', 'and nothing'),
+    'encode': ('argument 0 text', 'argument 0 utf-8', 'argument 1 text', 'and nothing'),
+    'scalar': ('argument 0 dtype', 'argument 0 bare dtype', 'argument 1 bytes', 'and nothing'),
+    '_rebuild_parameter': ('argument 0 tensor', 'argument 1 true', 'argument 2 odict', 'and nothing'),
+    '_rebuild_tensor_v2': ('argument 0 storage', 'argument 4 true', 'argument 5 odict', 'and nothing',
+                           *(f'argument 6 {odd}' for odd in ('none', 'dict', 'odict', 'easy', 'nothing'))),
 }
 
 
@@ -102,25 +115,26 @@ def misused() -> Iterator[Case]:
     for module, attribute in NAMES:
         dotted, args = f'{module}.{attribute}', good_args[attribute]
         for odd, value in ODD.items():
-            yield Case(f'{dotted} of only {odd}', program(call(dotted, value)), True)
-            yield Case(f'{dotted} and {odd}', program(call(dotted, *args, value)), True)
-            yield Case(f'{dotted} with {odd} for args', program(name(dotted) + push(value) + b'R'), True)
-            yield Case(f'{dotted} new with {odd}', program(name(dotted) + push(value) + b'\x81'), True)
-            yield Case(f'{dotted} new with {odd} in a tuple', program(name(dotted) + push((value, value)) + b'\x81'), odd == 'nothing')
-            for i in range(len(args)):
-                yield Case(f'{dotted} argument {i} {odd}', program(call(dotted, *args[:i], value, *args[i + 1:])), True)
+            ways = {
+                'of only': call(dotted, value), 'and': call(dotted, *args, value), 'with': name(dotted) + push(value) + b'R',
+                'new with': name(dotted) + push(value) + b'\x81', 'new of': name(dotted) + push((value,)) + b'\x81',
+                **{f'argument {i}': call(dotted, *args[:i], value, *args[i + 1:]) for i in range(len(args))},
+            }
+            for way, code in ways.items():
+                yield Case(f'{dotted} {way} {odd}', program(code), f'{way} {odd}' in HARMLESS.get(attribute, ()))
     for target, made in ODD.items():
         for odd, value in ODD.items():
-            yield Case(f'BUILD {target} with {odd}', program(push(made) + push(value) + b'b'), True)
+            yield Case(f'BUILD {target} with {odd}', program(push(made) + push(value) + b'b'), (target, odd) == ('network', 'dict'))
             yield Case(f'BUILD {target} with attributes {odd}', program(push(made) + push((None, {'__class__': value})) + b'b'))
         for code in (*(bytes([code]) for code in b'R\x81bsuae\x90\x93Q02t\x85\x86\x87'), b'q\x00h\x01', b'h\x00'):
             yield Case(f'{target} then {code!r}', program(push(made) + code), code in (b'\x85', b't'))
         for code in (b'e', b'u', b'\x90'):
             for items in (b'', b'K\x01', b'K\x01K\x02'):
-                fits = {'list': b'e', 'dict': b'u', 'odict': b'u', 'easy': b'u'}.get(target) == code and (code == b'e' or len(items) != 2)
+                fits = (target in ('list', 'lists') and code == b'e') or (target in ('dict', 'odict', 'easy') and code == b'u' and len(items) != 2)
                 yield Case(f'{target} gets {items!r} by {code!r}', program(push(made) + b'(' + items + code), fits)
-        yield Case(f'key {target}', program(b'}' + push(made) + b'Ns'), True)
-        yield Case(f'element {target}', program(b'\x8f(' + push(made) + b'\x90'), True)
+        is_key = target in ('int', 'negative', 'huge', 'text', 'utf-8')
+        yield Case(f'key {target}', program(b'}' + push(made) + b'Ns'), is_key)
+        yield Case(f'element {target}', program(b'\x8f(' + push(made) + b'\x90'), is_key or target == 'nothing')
         yield Case(f'state {target}', program(record(state=made)))
         for table in ('_parameters', '_buffers', '_modules'):
             tables = {'_parameters': {}, '_buffers': {}, '_modules': {}, table: made}
@@ -165,7 +179,7 @@ def damaged_tensors() -> Iterator[Case]:
     codes = ['O', 'O8', 'V8', 'S8', 'U2', 'M8', 'M8[s]', 'm8', 'c8', 'g', 'f16', 'f8,f8', '', 'f', 'i3', '>f8', '<f8', 'object', 'x' * 5000, '\x1b[J']
     yield from (Case(f'dtype {code[:20]}', program(call(scalar, call('numpy.dtype', code, False, True), bytes(8)))) for code in codes)
     states = [(4, '<', None, None, None, -1, -1, 0), (3, '>', None, None, None, -1, -1, 0), (3, '|', None, None, None, -1, -1, 0), (), (3, '<'),
-              (3, '<', None, ('a',), {'a': 1}, 8, 1, 27), (3, '<', (name('numpy.ndarray'), (2,)), None, None, -1, -1, 63), [3, '<'], None, {}]
+              (3, '<', None, ('a',), {'a': 1}, 8, 1, 27), (3, '\x1b' * 5000, None, None, None, -1, -1, 0), (3, '<', (name('numpy.ndarray'), (2,)), None, None, -1, -1, 63), [3, '<'], None, {}]
     yield from (Case(f'dtype state {state!r:.60}', program(array(kind=dtype(state=state)))) for state in states)
     shapes = [(3,), (1,), (-2,), (2, 2), (2**62,), (2**61, 0), (2**32, 2**32), (0, 2**62), (2.0,), (True, 2), [2], None, 2, (1,) * 40, ('2',)]
     yield from (Case(f'array {shape!r:.40}', program(array(shape))) for shape in shapes)
@@ -225,9 +239,10 @@ def bombs() -> Iterator[Case]:
     yield Case('many arrays', program(b'(', new_array, b'h\x00h\x01Rh\x02b' * many, b't'))
     for what, code in {'sets': b'\x8f', 'marks': b'(', 'memos': b'\x94'}.items():
         yield Case(f'very many {what}', program(b'(', b'N', code * 1_000_001, b't'))
-    colliding = b''.join(b'\x8a\x10' + (i * (2**61 - 1)).to_bytes(16, 'little') + b'N' for i in range(2, 50_000))
-    yield Case('colliding keys', program(b'}(', colliding, b'u'))
-    yield Case('colliding elements', program(name('builtins.set'), b'](', colliding.replace(b'N', b''), b'e\x85R'))
+    colliding = [b'\x8a\x10' + (i * (2**61 - 1)).to_bytes(16, 'little') for i in range(2, 50_000)]
+    yield Case('colliding keys', program(b'}(', *(key + b'N' for key in colliding), b'u'))
+    yield Case('colliding elements', program(b'\x8f(', *colliding, b'\x90'))
+    yield Case('colliding elements of a call', program(name('builtins.set'), b'](', *colliding, b'e\x85R'))
     yield Case('wide text', program(text('a' * 2**24 + '\U0001f600')))
     yield Case('wide texts', program(b'(', text('a' * 2**22 + '\U0001f600') * 20, b't'))
 

@@ -23,6 +23,8 @@ def push(value) -> bytes:
         return value
     if isinstance(value, bytes):
         return data(value)
+    if isinstance(value, str):
+        return text(value)
     if isinstance(value, tuple):
         return b'(' + b''.join(map(push, value)) + b't'
     if isinstance(value, list):

@@ -96,7 +96,8 @@ def test_tools_open_our_files(official, files, name):
     options = ['--trunc=0.7', '--noise-mode=const', *(['--class=1'] if name == 'cond' else [])]
     official.run(*([official.generate, f'--network={path}', f'--outdir={path}-images', f'--seeds={",".join(map(str, SEEDS))}', *options]
                    for path in paths),
-                 *(['legacy.py', f'--source={path}', f'--dest={path}-again'] for path in paths))
+                 *(['legacy.py', f'--source={path}', f'--dest={path}-again'] for path in paths),
+                 ['legacy.py', f'--source={paths[2]}', f'--dest={paths[2]}-fp16', '--force-fp16=1'])
     G = snapshots.load(paths[0]).G_ema
     c = torch.eye(3)[[1]] if name == 'cond' else torch.zeros(1, 0)
     for path in paths:
@@ -109,9 +110,12 @@ def test_tools_open_our_files(official, files, name):
                 assert (found == pixels(Path(f'{paths[0]}-images') / f'seed{seed:04d}.png')).all()
     original = snapshots.load(paths[0])
     for path in paths:
-        again = snapshots.load(Path(f'{path}-again').rename(f'{path}-again.pkl'))
+        again = snapshots.load(f'{path}-again')
         for key in ('G', 'D', 'G_ema'):
             assert_same_tensors(getattr(again, key), getattr(original, key))
+    half = snapshots.load(Path(f'{paths[2]}-fp16'))  # Rebuilt with our recorded constructor arguments and our classes.
+    assert [block.use_fp16 for block in half.G_ema.synthesis.children()] == [False, True, True]
+    assert_same_tensors(half.G_ema, original.G_ema)
 
 
 def assert_same_tensors(net, expected):

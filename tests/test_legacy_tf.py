@@ -53,6 +53,12 @@ def test_recorded_conversions(g, d):
     assert snapshot.D(torch.randn(4, snapshot.D.img_channels, 16, 16), c).isfinite().all()
 
 
+def test_no_random_numbers_are_drawn():
+    state = torch.get_rng_state()
+    load()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_averaged_generator_alone():
     G = snapshots.load_G_ema(tf_pickles.dumps(tuple(tf_pickles.network(name) for name in ('g_resnet', 'd_skip', 'g_resnet'))))
     assert torch.equal(G.synthesis.b4.const, VECTORS.tensor('g_resnet/pt/synthesis.b4.const', torch.float32))

@@ -80,7 +80,7 @@ def official_like(table=OrderedDict) -> dict:
     root = stubs.persistent('Generator', SOURCE, stubs.module_state(
         modules={'b4': layer(0, table), 'b8': layer(1, table), 'skip': None}, table=table, z_dim=512, block_resolutions=[4, 8],
         names={'a', 'b', 3}, sizes=np.array([[4, 4], [8, 8]]), on=True, off=False, nothing=None, raw=b'\x00\xff'))
-    return {'G': root, 'training_set_kwargs': {'path': '/data/ä.zip', 'xflip': False, 'random_seed': 0}, 'augment_pipe': None}
+    return {'G': root, 'training_set_kwargs': {'path': '/data/ä\udcff.zip', 'xflip': False, 'random_seed': 0}, 'augment_pipe': None}
 
 
 @pytest.mark.parametrize('table', [dict, OrderedDict])
@@ -295,6 +295,7 @@ GOOD = pickle.dumps({'z_dim': 512, 'path': '/data'}, 4)
     (gzip.compress(GOOD), 'gzip'),
     (GOOD[:-1], 'truncated'),
     (GOOD[:20], 'truncated'),
+    (b'\x80\x03ccollections\nOrdered', 'a name is not terminated'),
     (GOOD + b'x', '1 bytes after its end'),
     (GOOD + GOOD, 'after its end'),
     (pickle.dumps(print), r"'builtins.print', which is not on the list .* nothing was executed"),

@@ -135,6 +135,8 @@ def test_mismatched_data_is_refused_with_the_way_out(tmp_path, files):
     ({'device': 'tpu'}, '--device=tpu: expected auto, cpu, cuda or cuda:N'),
     ({'device': 'cuda:99'}, r'--device=cuda:99: PyTorch \S+ sees \d+ CUDA devices'),
     ({'cond': 1}, 'has no labels'),
+    ({'batch': 6}, 'cannot be divided into the groups of 4 images'),
+    ({'subset': 21}, '--subset=21: .* has only 20 images'),
     ({'batch_gpu': 3}, '--batch=4 must be a multiple of --batch-gpu=3'),
     ({'resume': 'nowhere'}, '--resume=nowhere: expected a run directory'),
     ({'resume': 'latest'}, 'no run directory in .* holds a checkpoint'),
