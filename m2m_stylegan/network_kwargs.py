@@ -4,7 +4,6 @@ Sizes are read from the shapes of the tensors and from which sub-modules exist, 
 a file records play no part, because official files leave out defaults and the code bases disagree about those.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -18,8 +17,8 @@ DEFAULT_TAPS = [1, 3, 3, 1]
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float; bool is neither."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """An int or float of sane size, so not infinite or NaN; bool is neither."""
+    return type(value) in (int, float) and -1e15 < value < 1e15
 
 
 # Attributes that a network may change at any time, with what they may be.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -210,13 +211,15 @@ def run(options: TransferOptions, echo: Callable[[str], None] = print) -> Path |
     if resume_dir is not None:
         options = resumed_options(options, resume_dir)
     job = plan(options)
-    echo('Training options:\n' + json.dumps(training_options(job, resume_dir or Path(options.outdir) / f'?????-{run_description(job)}'), indent=2))
     if options.dry_run:
+        echo(json.dumps(training_options(job, resume_dir or Path(options.outdir) / f'?????-{run_description(job)}'), indent=2))
         echo('Dry run; nothing was written.')
         return None
     directory = resume_dir or run_dir.next_run_dir(options.outdir, run_description(job))
-    run_dir.write_json(directory / 'training_options.json', training_options(job, directory))
+    content = training_options(job, directory)
+    run_dir.write_json(directory / 'training_options.json', content)
     with run_dir.log_to(directory / 'log.txt'):
+        echo('Training options:\n' + json.dumps(content, indent=2))
         train_job(job, directory, resume_dir is not None, start_time, echo)
     return directory
 
@@ -226,6 +229,7 @@ def train_job(job: Job, directory: Path, resume: bool, start_time: float, echo: 
     if job.device.type == 'cuda':
         torch.backends.cudnn.benchmark = not job.options.nobench
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.options.allow_tf32
+    job.dataset.in_memory(progress=functools.partial(tqdm.tqdm, desc='Reading images', unit='img', leave=False, dynamic_ncols=True))
     state = build_state(job)
     grid = make_grid(job, state.G_ema, directory)
     kwargs = {'force_fp32': job.loop.force_fp32}

@@ -347,6 +347,7 @@ def remove(path, table, key):
     (set_state('synthesis.b8.conv1', 'conv_clamp', -1), 'synthesis.b8.conv1.conv_clamp has the impossible value -1'),
     (set_state('mapping.fc1', 'weight_gain', float('nan')), 'mapping.fc1.weight_gain has the impossible value nan'),
     (set_state('mapping.fc1', 'weight_gain', torch.ones(2)), 'mapping.fc1.weight_gain has the impossible value a Tensor'),
+    (set_state('mapping.fc0', 'bias_gain', 10**30), f'mapping.fc0.bias_gain has the impossible value {10**30}'),
     (set_state('synthesis', 'img_resolution', 2**40), 'synthesis.img_resolution is 1099511627776, expected 16'),
     (lambda record: setattr(module_of(record, 'synthesis.b8.conv0'), 'class_name', 'Conv2dLayer'),
      'module synthesis.b8.conv0 is a Conv2dLayer, expected a SynthesisLayer'),

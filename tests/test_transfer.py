@@ -44,7 +44,7 @@ def test_high_res_transfer(tmp_path, files):
             assert all(not slicing.is_low_res(name, 8) for name in moved), key
     assert after.training_set_kwargs['path'] == str(tmp_path / 'data.zip')
     log = (directory / 'log.txt').read_text()
-    assert 'G.b8 ' in log and 'cached' in log and 'tick 0 ' in log and 'Result:' in log and '\r' not in log
+    assert '"total_kimg": 0.016' in log and 'G.b8 ' in log and 'cached' in log and 'tick 0 ' in log and 'Result:' in log and '\r' not in log
     options = json.loads((directory / 'training_options.json').read_text())
     assert list(options)[:9] == ['num_gpus', 'image_snapshot_ticks', 'network_snapshot_ticks', 'metrics', 'random_seed', 'training_set_kwargs',
                                  'data_loader_kwargs', 'G_kwargs', 'D_kwargs']
