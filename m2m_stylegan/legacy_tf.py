@@ -129,7 +129,8 @@ def _discriminator(net: TFNetwork) -> networks.Discriminator:
     tf = _arguments(net, D_KWARGS)
     variables, has_lods = _collect(net, tf['resolution'])
     # TensorFlow's default width of the label mapping is not torch's in small networks; the file knows it.
-    width = tf['mapping_fmaps'] or (variables['Output/weight'].shape[-1] if 'Output/weight' in variables else None)
+    output = variables.get('Output/weight')
+    width = tf['mapping_fmaps'] or (None if output is None or output.ndim != 2 else output.shape[1])
     kwargs = {
         'c_dim': tf['label_size'], 'img_resolution': tf['resolution'], 'img_channels': tf['num_channels'],
         'architecture': 'orig' if has_lods else tf['architecture'], 'channel_base': 2 * tf['fmap_base'], 'channel_max': tf['fmap_max'],

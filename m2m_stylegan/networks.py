@@ -145,7 +145,7 @@ class MappingNetwork(torch.nn.Module):
         skip_w_avg_update is set; update_emas=True/False, the switch of the StyleGAN3 code base, decides alone when given.
         """
         x = None
-        dtype = self.fc0.weight.dtype
+        dtype = next(self.parameters(), z).dtype
         if self.z_dim > 0:
             if z.ndim != 2 or z.shape[1] != self.z_dim:
                 raise ValueError('z must have shape [N, %d], got %s' % (self.z_dim, list(z.shape)))

@@ -52,8 +52,7 @@ def dumps(tree: object) -> bytes:
     """The bytes of a pickle (protocol 4) of `tree`, which the official tools open if it describes networks as they do.
 
     Tensors are written contiguously. Equal trees that share their objects in the same way give equal bytes.
-    Raises TypeError for anything outside the tree types, ValueError (UserError if the
-    structure is at fault) for cycles and other contents that `load` would refuse.
+    Raises TypeError for anything outside the tree types, ValueError for cycles and other contents that `load` would refuse.
     """
     buffer = io.BytesIO()
     Writer(buffer.write).run(tree)

@@ -220,7 +220,7 @@ def _tensor(args: tuple, budget: Budget) -> torch.Tensor:
          f'has the shape {size} and the impossible strides {_short(stride)}'),
         (count > numel, f'has the shape {size}, more than the {numel} elements that are stored'),
         (count and last >= numel, f'reaches element {_short((last,))} of {numel}'),
-        (requires_grad and not storage.dtype.is_floating_point, f'of type {storage.dtype} asks for gradients'),
+        (requires_grad and not storage.dtype.is_floating_point, f'asks for gradients with elements of type {storage.dtype}'),
     ]
     if found := [text for wrong, text in problems if wrong]:
         raise UserError(f'a tensor is damaged: it {", and it ".join(found)}')

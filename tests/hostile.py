@@ -178,8 +178,11 @@ def damaged_tensors() -> Iterator[Case]:
     scalar = 'numpy.core.multiarray.scalar'
     codes = ['O', 'O8', 'V8', 'S8', 'U2', 'M8', 'M8[s]', 'm8', 'c8', 'g', 'f16', 'f8,f8', '', 'f', 'i3', '>f8', '<f8', 'object', 'x' * 5000, '\x1b[J']
     yield from (Case(f'dtype {code[:20]}', program(call(scalar, call('numpy.dtype', code, False, True), bytes(8)))) for code in codes)
-    states = [(4, '<', None, None, None, -1, -1, 0), (3, '>', None, None, None, -1, -1, 0), (3, '|', None, None, None, -1, -1, 0), (), (3, '<'),
-              (3, '<', None, ('a',), {'a': 1}, 8, 1, 27), (3, '\x1b' * 5000, None, None, None, -1, -1, 0), (3, '<', (name('numpy.ndarray'), (2,)), None, None, -1, -1, 63), [3, '<'], None, {}]
+    rest = (None, None, None, -1, -1, 0)
+    states = [
+        (4, '<', *rest), (3, '>', *rest), (3, '|', *rest), (3, '\x1b' * 5000, *rest), (), (3, '<'), [3, '<'], None, {},
+        (3, '<', None, ('a',), {'a': 1}, 8, 1, 27), (3, '<', (name('numpy.ndarray'), (2,)), None, None, -1, -1, 63),
+    ]
     yield from (Case(f'dtype state {state!r:.60}', program(array(kind=dtype(state=state)))) for state in states)
     shapes = [(3,), (1,), (-2,), (2, 2), (2**62,), (2**61, 0), (2**32, 2**32), (0, 2**62), (2.0,), (True, 2), [2], None, 2, (1,) * 40, ('2',)]
     yield from (Case(f'array {shape!r:.40}', program(array(shape))) for shape in shapes)
@@ -233,10 +236,10 @@ def bombs() -> Iterator[Case]:
         'texts': ('_codecs.encode', ('a' * 2**20, 'latin1'), many),
     }
     for what, (function, args, count) in copies.items():
-        yield Case(f'many {what}', program(b'(', name(function), b'\x94', push(args), b'\x94', b'h\x00h\x01R' * count, b't'))
+        yield Case(f'many {what}', program(b'(', name(function), b'\x94', push(args), b'\x94R', b'h\x00h\x01R' * count, b't'))
     state = push((1, (2**17,), dtype(), False, mebibyte))
-    new_array = name('numpy.core.multiarray._reconstruct') + b'\x94' + push((name('numpy.ndarray'), (0,), b'b')) + b'\x94' + state + b'\x94'
-    yield Case('many arrays', program(b'(', new_array, b'h\x00h\x01Rh\x02b' * many, b't'))
+    new_array = name('numpy.core.multiarray._reconstruct') + b'\x94' + push((name('numpy.ndarray'), (0,), b'b')) + b'\x94R'
+    yield Case('many arrays', program(b'(', new_array, state, b'\x94b', b'h\x00h\x01Rh\x02b' * many, b't'))
     for what, code in {'sets': b'\x8f', 'marks': b'(', 'memos': b'\x94'}.items():
         yield Case(f'very many {what}', program(b'(', b'N', code * 1_000_001, b't'))
     colliding = [b'\x8a\x10' + (i * (2**61 - 1)).to_bytes(16, 'little') for i in range(2, 50_000)]

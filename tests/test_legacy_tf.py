@@ -164,6 +164,12 @@ def test_variables_that_do_not_fit_are_all_listed():
     ]
 
 
+def test_output_without_dimensions():
+    D = tf_pickles.network('d_skip')
+    D.state['variables'] = [(name, np.float32(1).reshape([]) if name == 'Output/weight' else array) for name, array in D.state['variables']]
+    assert problems_of(D=D) == ['D: variable Output/weight has the shape []; b4.out.weight needs [1, 8], from it comes []']
+
+
 def test_variables_without_a_place_are_reported():
     D = tf_pickles.network('d_skip')
     D.state['variables'].append(('8x8/Strange/weight', np.ones(3, np.float32)))

@@ -172,3 +172,11 @@ def test_refused_arguments():
     D = networks.Discriminator(0, 8, 3, channel_base=32, channel_max=4)
     with pytest.raises(ValueError, match='a batch of 6 is not divisible by the group size 4'):
         D(torch.zeros(6, 3, 8, 8))
+
+
+def test_label_mapping_without_layers_is_the_normalised_embedding():
+    """TensorFlow's conditional discriminators have no mapping layers."""
+    mapping = networks.MappingNetwork(z_dim=0, c_dim=3, w_dim=5, num_ws=None, num_layers=0, w_avg_beta=None)
+    c = torch.eye(3)
+    expected = mapping.embed(c)
+    torch.testing.assert_close(mapping(None, c), expected / expected.square().mean(1, keepdim=True).sqrt())
