@@ -188,7 +188,14 @@ def training_loop(
     tick_start, tick_start_nimg, maintenance_seconds = time.time(), state.cur_nimg, time.time() - start_time
     with (contextlib.closing(stats.StatsWriter(run_dir)) as writer, StopRequest() as stop,
           Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress):
-        reason = None
+        def limit_reached() -> str | None:
+            if state.cur_nimg >= options.total_kimg * 1000:
+                return f'{options.total_kimg:g} kimg reached'
+            if options.max_seconds is not None and earlier_seconds + time.time() - start_time >= options.max_seconds:
+                return f'time budget of {stats.format_time(options.max_seconds)} used'
+            return f'{stop.received} received' if stop.received else None
+
+        reason = limit_reached() if resume else None  # A new run makes at least one step, so that there is something to save.
         while reason is None:
             # Data.
             rnd = seed_step(options.seed, state.batch_idx)
@@ -220,12 +227,7 @@ def training_loop(
                 state.real_signs.zero_()
 
             # Reasons to stop.
-            if state.cur_nimg >= options.total_kimg * 1000:
-                reason = f'{options.total_kimg:g} kimg reached'
-            elif options.max_seconds is not None and earlier_seconds + time.time() - start_time >= options.max_seconds:
-                reason = f'time budget of {stats.format_time(options.max_seconds)} used'
-            elif stop.received:
-                reason = f'{stop.received} received'
+            reason = limit_reached()
             progress.update(state.cur_nimg / 1000, collector)
             if reason is None and state.cur_tick != 0 and state.cur_nimg < tick_start_nimg + options.kimg_per_tick * 1000:
                 continue

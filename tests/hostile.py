@@ -156,6 +156,13 @@ def damaged_tensors() -> Iterator[Case]:
     yield from (Case(f'numel {numel}', program(tensor(storage(numel)), b'')) for numel in (0, 3, 5, -1, -4, 2**32, 2**61, 2**62, 2**63 - 1, -2**63))
     yield from (Case(f'count {count}', program(tensor(storage(count=count)), b'')) for count in (0, 3, 5, -4, 2**61, -2**63))
     yield from (Case(f'{n} bytes', program(tensor(storage(raw=bytes(n))), b'')) for n in (0, 1, 15, 17, 32))
+    hooks = Raw(ODICT + push('hook') + b'K\x01s')
+    yield Case('tensor hooks', program(tensor(hooks=hooks)))
+    yield Case('tensor metadata', program(tensor(None, 0, (2, 2), (2, 1), False, ODICT, {'neg': True})))
+    yield Case('parameter hooks', program(call('torch._utils._rebuild_parameter', tensor(), True, hooks)))
+    for kind in ('LongStorage', 'BoolStorage'):
+        whole = tensor(storage(1, bytes(8 if kind == 'LongStorage' else 1), kind=f'torch.{kind}'), 0, (), ())
+        yield Case(f'gradients of {kind}', program(call('torch._utils._rebuild_parameter', whole, True, ODICT)))
     kinds = ['DoubleStorage', 'HalfStorage', 'LongStorage', 'ByteStorage', 'BoolStorage', 'ComplexFloatStorage', 'UntypedStorage', 'Tensor', 'load']
     yield from (Case(f'kind {kind}', program(tensor(storage(kind=f'torch.{kind}')))) for kind in kinds)
     yield Case('booleans', program(tensor(storage(4, b'\x00\x01\x02\xff', kind='torch.BoolStorage'))))

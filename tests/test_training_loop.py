@@ -160,6 +160,14 @@ def test_time_budget_stops(tmp_path, dataset):
     assert reason == 'time budget of 0s used'
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path, dataset):
+    train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.008))
+    before = (tmp_path / 'run' / checkpoint.FILE_NAME).read_bytes()
+    state, reason = train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.008), resume=True)
+    assert reason == '0.008 kimg reached' and state.cur_nimg == 8
+    assert (tmp_path / 'run' / checkpoint.FILE_NAME).read_bytes() == before
+
+
 def test_checkpoint_of_another_run_is_refused_with_all_differences(tmp_path, dataset):
     train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.004))
     with pytest.raises(UserError, match='feature bank(.|\n)*the optimiser of G holds'):

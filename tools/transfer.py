@@ -27,7 +27,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--workers', type=int, metavar='N', default=3, help='Loader processes, for sets of over 1 GiB')
 # How long, how fast, how strong.
 @click.option('--kimg', type=float, metavar='N', help='Stop after N thousand images  [default: 1000]')
-@click.option('--minutes', type=float, metavar='N', help='Stop after N minutes of wall clock, preparation included')
+@click.option('--minutes', type=float, metavar='N', help='Stop after N minutes of wall clock, preparation and resumed sessions included')
 @click.option('--batch', type=int, metavar='N', help='Images per step  [default: by resolution; at most 16 on a CPU]')
 @click.option('--batch-gpu', type=int, metavar='N', help='Images per forward pass, to save memory  [default: --batch]')
 @click.option('--lr', type=float, metavar='F', help='Learning rate of G and D  [default: 0.0025, from 1024 pixels on 0.002]')
