@@ -24,7 +24,7 @@ class LoopOptions:
     """Everything about a run that is neither a file nor a network. Units are in the names; images count as shown to D."""
 
     train: str = 'full'                      # 'full' or 'high-res'
-    d_trains: str = 'all'                    # which part of D is trained in high-res training: 'all' or 'high-res'
+    d_trains: str = 'high-res'               # which part of D is trained in high-res training: 'all' or 'high-res'
     slice_res: int | None = None             # r; None for 'full'
     freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
     seed: int = 0

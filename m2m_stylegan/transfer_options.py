@@ -20,7 +20,7 @@ class TransferOptions:
     data: str | None = None
     train: str = 'high-res'
     slice: int | None = None
-    d_trains: str = 'all'
+    d_trains: str = 'high-res'
     bank: int | None = None
     cache_dir: str | None = None
     cond: bool = False

@@ -17,7 +17,7 @@ from m2m_stylegan.errors import UserError
 # What is trained.
 @click.option('--train', type=click.Choice(['high-res', 'full']), default='high-res', help='Only the blocks above the slice, or everything')
 @click.option('--slice', type=int, metavar='R', help='Blocks up to R x R pixels are frozen and cached  [default: resolution / 8]')
-@click.option('--d-trains', type=click.Choice(['all', 'high-res']), default='all', help='Trained part of D in high-res training')
+@click.option('--d-trains', type=click.Choice(['all', 'high-res']), default='high-res', help='Trained part of D in high-res training')
 @click.option('--bank', type=int, metavar='N', help='Latents in the feature cache  [default: what fits 1 GiB, at most 4096]')
 @click.option('--freezed', type=int, metavar='N', default=0, help='FreezeD: freeze the first N layers of D')
 # The dataset.
