@@ -162,6 +162,7 @@ def damaged_tensors() -> Iterator[Case]:
     yield Case('parameter hooks', program(call('torch._utils._rebuild_parameter', tensor(), True, hooks)))
     for kind in ('LongStorage', 'BoolStorage'):
         whole = tensor(storage(1, bytes(8 if kind == 'LongStorage' else 1), kind=f'torch.{kind}'), 0, (), ())
+        yield Case(f'tensor with gradients of {kind}', program(Raw(whole[:whole.rindex(ODICT) - 1] + b'\x88' + ODICT + b'tR')))
         yield Case(f'gradients of {kind}', program(call('torch._utils._rebuild_parameter', whole, True, ODICT)))
     kinds = ['DoubleStorage', 'HalfStorage', 'LongStorage', 'ByteStorage', 'BoolStorage', 'ComplexFloatStorage', 'UntypedStorage', 'Tensor', 'load']
     yield from (Case(f'kind {kind}', program(tensor(storage(kind=f'torch.{kind}')))) for kind in kinds)
@@ -238,7 +239,7 @@ def bombs() -> Iterator[Case]:
     copies = {
         'sets': ('builtins.set', (list(range(1000)),), many),
         'tensors': ('torch._utils._rebuild_tensor_v2', (storage(2**18, mebibyte), 0, (1,), (1,), False, ODICT), many),
-        'small tensors': ('torch._utils._rebuild_tensor_v2', (storage(), 0, (1,), (1,), False, ODICT), 340_000),
+        'small tensors': ('torch._utils._rebuild_tensor_v2', (storage(), 0, (1,), (1,), False, ODICT), 60_000),
         'storages': ('torch.storage._load_from_bytes', (storage_bytes(2**18, mebibyte),), 3 * many),
         'texts': ('_codecs.encode', ('a' * 2**20, 'latin1'), many),
     }
