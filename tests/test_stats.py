@@ -113,8 +113,8 @@ def report_in_process(rank, store, folder):
     collector.report(f'only{rank}', float(rank))
     collector.update()
     collector.update()
+    # The group is left to the end of the process: destroying it right after a collective can deadlock before torch 2.8 (PyTorch pull 154976).
     (folder / f'{rank}.json').write_text(json.dumps(collector.as_dict()))
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_are_summed_even_with_different_names(tmp_path):
