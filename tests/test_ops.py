@@ -47,7 +47,7 @@ def test_upfirdn2d_gradgradcheck():
 def test_upfirdn2d_double_backward_runs_no_filter_gradient():
     """One convolution per pass; as a bare depthwise convolution the second backward would add one per channel."""
     x = torch.randn([1, 6, 8, 8]).requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as prof:  # torch 2.12 warns without
         g, = torch.autograd.grad(ops.upfirdn2d(x, ops.setup_filter([1, 3, 3, 1]), padding=2).square().sum(), x, create_graph=True)
         g.square().sum().backward()
     count = sum(event.count for event in prof.key_averages() if event.key in ('aten::convolution', 'aten::convolution_backward'))
