@@ -8,7 +8,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from m2m_stylegan import slicing, snapshots, transfer
+from m2m_stylegan import downloads, slicing, snapshots, transfer
 from m2m_stylegan.errors import UserError
 from tools.transfer import main
 
@@ -146,6 +146,13 @@ def test_refused(tmp_path, files, options, message):
     result = run(tmp_path, **{**files, **options})
     assert result.exit_code == 1 and re.search(message, result.output.replace('\n', ' ')), result.output
     assert 'Traceback' not in result.output
+
+
+def test_bundled_demo_fits_together():
+    snapshot = snapshots.load(downloads.resolve('demo'))
+    assert downloads.DEMO_PICKLE.stat().st_size <= 8e6
+    transfer.check_match(snapshot.G_ema, transfer.ImageDataset(transfer.DEMO_DATA))
+    assert snapshot.training_set_kwargs['path'] == 'personas64.zip'  # nobody's home directory
 
 
 def test_help_needs_no_torch():
