@@ -127,7 +127,11 @@ def training_options(job: Job, directory: Path) -> dict:
                 'resume_pkl': None if job.network_path is None else str(job.network_path), 'ada_kimg': loop.ada_kimg}
     content |= {key: value for key, value in optional.items() if value is not None}
     content |= {'cudnn_benchmark': not options.nobench, 'allow_tf32': options.allow_tf32, 'run_dir': str(directory)}
-    content['m2m'] = {'options': dataclasses.asdict(options), 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
+    # What --resume reads: the files that were really used, wherever the command is run from next time.
+    stored = {**dataclasses.asdict(options), 'outdir': str(Path(options.outdir).resolve()),
+              'data': None if options.data is None else str(Path(options.data).resolve()),
+              'network': 'none' if job.network_path is None else str(job.network_path.resolve())}
+    content['m2m'] = {'options': stored, 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
                       'network_sha256': None if job.snapshot is None else job.snapshot.sha256}
     return content
 

@@ -87,6 +87,21 @@ def test_from_scratch_then_resume(tmp_path, files):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_resume_from_a_pickle_and_then_from_elsewhere(tmp_path, files, monkeypatch):
+    """--resume=PKL takes its weights, and a later --resume=RUN must find that same pickle from another working directory."""
+    monkeypatch.chdir(tmp_path)
+    result = run(tmp_path, network='demo', data='data.zip', resume='source.pkl', slice=8)
+    assert result.exit_code == 0, result.output
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    result = run(tmp_path, resume='latest', kimg=0.032)
+    assert result.exit_code == 0, result.output
+    directory, = (tmp_path / 'runs').iterdir()
+    assert torch.load(directory / 'm2m-checkpoint.pt', weights_only=True)['counters']['cur_nimg'] == 32
+    before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
+    assert torch.equal(before.G_ema.synthesis.b8.conv0.weight, after.G_ema.synthesis.b8.conv0.weight)
+
+
 def test_conditional_transfer(tmp_path):
     pickle = tmp_path / 'cond.pkl'
     snapshots.save(pickle, G=tiny.generator(c_dim=3, seed=1), D=tiny.discriminator(c_dim=3), G_ema=tiny.generator(c_dim=3, seed=2))
