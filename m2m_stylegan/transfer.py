@@ -160,13 +160,17 @@ def thaw(D: torch.nn.Module) -> None:
                 setattr(module, name, torch.nn.Parameter(module._buffers.pop(name), requires_grad=False))
 
 
+def corner_of(size: tuple[int, int], indices: list[int]) -> tuple[tuple[int, int], list[int]]:
+    """The upper left corner of a grid (columns, rows) of items, at most CPU_GRID."""
+    columns, rows = min(size[0], CPU_GRID[0]), min(size[1], CPU_GRID[1])
+    return (columns, rows), [indices[row * size[0] + column] for row in range(rows) for column in range(columns)]
+
+
 def make_grid(job: Job, G, directory: Path | None) -> Grid:
     """Latents of the sample pictures, official choice of z and labels; writes reals.png if `directory` is given."""
     size, indices = snapshot_grid(job.dataset)
     if job.device.type == 'cpu':
-        columns = size[0]
-        indices = [indices[row * columns + column] for row in range(CPU_GRID[1]) for column in range(CPU_GRID[0])]
-        size = CPU_GRID
+        size, indices = corner_of(size, indices)
     if directory is not None:
         save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
     generator = torch.Generator().manual_seed(job.options.seed)

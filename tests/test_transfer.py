@@ -170,6 +170,12 @@ def test_bundled_demo_fits_together():
     assert snapshot.training_set_kwargs['path'] == 'personas64.zip'  # nobody's home directory
 
 
+def test_corner_of_a_grid():
+    assert transfer.corner_of((7, 4), list(range(28))) == ((7, 4), list(range(28)))  # 1024 px: smaller than the corner
+    size, indices = transfer.corner_of((32, 32), list(range(1024)))
+    assert size == (8, 8) and indices[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 32] and indices[-1] == 7 * 32 + 7
+
+
 def test_help_needs_no_torch():
     result = CliRunner().invoke(main, ['--help'])
     assert result.exit_code == 0 and '--network' in result.output
