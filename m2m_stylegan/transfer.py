@@ -24,6 +24,7 @@ from m2m_stylegan.transfer_options import TransferOptions, check_options, choose
 
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
 BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
+PANEL_PIXELS = 256  # Larger images are averaged down to this in before-after.png, which shows 48 of them.
 CPU_GRID = (8, 8)  # The official grid of up to 32 x 32 pictures would take longer to make than a tick on a CPU.
 
 
@@ -270,7 +271,10 @@ def save_before_after(job: Job, directory: Path, before: torch.Tensor, after: to
     num = min(16, before.shape[0], len(job.dataset))
     chosen = np.random.RandomState(job.options.seed).permutation(len(job.dataset))[:num]
     reals = from_uint8(torch.from_numpy(np.stack([job.dataset[i][0] for i in chosen])))
-    save_panels(directory / 'before-after.png', [('before', before[:num]), ('after', after[:num]), ('target images', reals)], columns=4)
+    panels = [('before', before[:num]), ('after', after[:num]), ('target images', reals)]
+    factor = max(job.dataset.resolution // PANEL_PIXELS, 1)
+    panels = [(caption, torch.nn.functional.avg_pool2d(images, factor)) for caption, images in panels]
+    save_panels(directory / 'before-after.png', panels, columns=4)
 
 
 def find_run(options: TransferOptions) -> Path | None:
