@@ -74,6 +74,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """Is item `idx` a mirrored one?"""
         return idx % len(self) >= self._num_distinct
 
+    def get_labels(self, indices: Iterable[int]) -> np.ndarray:
+        """The labels of several items, at least one: float32 [N, label_dim]."""
+        return np.stack([self.get_label(idx) for idx in indices])
+
     def get_label(self, idx: int) -> np.ndarray:
         """Label of item `idx`, float32 [label_dim]; one-hot for class labels."""
         if self._labels is None:

@@ -100,7 +100,7 @@ def batches(dataset: ImageDataset, batch_size: int, seed: int, start_idx: int, d
 
 def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, device: torch.device) -> torch.Tensor:
     """Labels [num, label_dim] of uniformly random items of the dataset."""
-    return torch.from_numpy(np.stack([dataset.get_label(rnd.randint(len(dataset))) for _ in range(num)])).to(device)
+    return torch.from_numpy(dataset.get_labels(rnd.randint(len(dataset)) for _ in range(num))).to(device)
 
 
 def seed_step(seed: int, batch_idx: int) -> np.random.RandomState:

@@ -20,7 +20,7 @@ from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.images import from_uint8, save_image_grid, save_panels
 from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, sample_grid, trained_names, training_loop
-from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, loop_options, new_network_kwargs, slice_of
+from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, loop_options, new_network_kwargs
 
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
 BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
@@ -57,9 +57,9 @@ def plan(options: TransferOptions) -> Job:
         options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
     if snapshot is not None:
         check_match(snapshot.G_ema, dataset)
-        if options.train == 'high-res':
-            slicing.check_slice(slice_of(options, dataset.resolution), dataset.resolution)
     loop = loop_options(options, dataset.resolution, device)
+    if loop.slice_res is not None:
+        slicing.check_slice(loop.slice_res, dataset.resolution)
     num_images = len(dataset) // (2 if options.mirror else 1)
     if options.subset is not None and options.subset > num_images:
         raise UserError(f'--subset={options.subset}: {dataset.path} has only {num_images} images.')
@@ -167,16 +167,15 @@ def corner_of(size: tuple[int, int], indices: list[int]) -> tuple[tuple[int, int
     return (columns, rows), [indices[row * size[0] + column] for row in range(rows) for column in range(columns)]
 
 
-def make_grid(job: Job, G, directory: Path | None) -> Grid:
-    """Latents of the sample pictures, official choice of z and labels; writes reals.png if `directory` is given."""
+def make_grid(job: Job, G, directory: Path) -> Grid:
+    """Latents of the sample pictures, official choice of z and labels; writes reals.png of the same labels into `directory`."""
     size, indices = snapshot_grid(job.dataset)
     if job.device.type == 'cpu':
         size, indices = corner_of(size, indices)
-    if directory is not None:
-        save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
+    save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
     generator = torch.Generator().manual_seed(job.options.seed)
     z = torch.randn([len(indices), G.z_dim], generator=generator).to(job.device)
-    c = torch.from_numpy(np.stack([job.dataset.get_label(i) for i in indices])).to(job.device)
+    c = torch.from_numpy(job.dataset.get_labels(indices)).to(job.device)
     return Grid(size, z, c)
 
 
@@ -197,7 +196,7 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     item_bytes = sum(value[0].numel() * (dtype.itemsize if name in ('x', 'img') else 4) for name, value in probe.items())
     chunk_items = feature_bank.CHUNK_ITEMS
     num_items = options.bank or min(max(features.items_for_budget(item_bytes, BANK_BYTES), chunk_items), BANK_ITEMS) // chunk_items * chunk_items
-    all_labels = np.stack([job.dataset.get_label(i) for i in range(len(job.dataset))])
+    all_labels = job.dataset.get_labels(range(len(job.dataset)))
     fingerprint = {
         'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
         'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': hashlib.sha256(all_labels.tobytes()).hexdigest(), 'items': num_items,
