@@ -219,6 +219,8 @@ def run(options: TransferOptions, echo: Callable[[str], None] = print) -> Path |
     if resume_dir is not None:
         options = resumed_options(options, resume_dir)
     job = plan(options)
+    if resume_dir is not None:
+        check_same_network(job, resume_dir)
     if options.dry_run:
         echo(json.dumps(training_options(job, resume_dir or Path(options.outdir) / f'?????-{run_description(job)}'), indent=2))
         echo('Dry run; nothing was written.')
@@ -289,6 +291,15 @@ def find_run(options: TransferOptions) -> Path | None:
     if not Path(options.resume).is_dir():
         raise UserError(f'--resume={options.resume}: expected a run directory, "latest", or a network pickle.')
     return Path(options.resume)
+
+
+def check_same_network(job: Job, directory: Path) -> None:
+    """Raise UserError if the pickle that the run started from has changed since: its frozen blocks fill the feature bank."""
+    stored = json.loads((directory / 'training_options.json').read_text(encoding='utf-8'))['m2m']['network_sha256']
+    found = None if job.snapshot is None else job.snapshot.sha256
+    if found != stored:
+        raise UserError(f'--resume: the run in {directory} started from a pickle with SHA-256 {stored}, {job.network_path} now has {found}. '
+                        'Put the original file back, or start a new run.')
 
 
 def resumed_options(options: TransferOptions, directory: Path) -> TransferOptions:

@@ -100,6 +100,9 @@ def test_resume_from_a_pickle_and_then_from_elsewhere(tmp_path, files, monkeypat
     assert torch.load(directory / 'm2m-checkpoint.pt', weights_only=True)['counters']['cur_nimg'] == 32
     before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
     assert torch.equal(before.G_ema.synthesis.b8.conv0.weight, after.G_ema.synthesis.b8.conv0.weight)
+    snapshots.save(files['network'], G=tiny.generator(seed=7), D=tiny.discriminator(), G_ema=tiny.generator(seed=7))
+    result = run(tmp_path, resume='latest', kimg=0.048)
+    assert result.exit_code == 1 and f'started from a pickle with SHA-256 {before.sha256}' in result.output
 
 
 def test_conditional_transfer(tmp_path):
