@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from m2m_stylegan import locks
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.files import atomic_write, sha256_of
+from m2m_stylegan.files import atomic_write, default_cache_dir, sha256_of
 
 _OFFICIAL = 'https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/transfer-learning-source-nets/'
 OFFICIAL_PICKLES = {
@@ -228,11 +228,6 @@ def _check_url(url: str, allow_local_http: bool, prefix: str = '') -> None:
     local = allow_local_http and scheme == 'http' and host in _LOCAL_HOSTS
     if not host or (scheme != 'https' and not local):
         raise UserError(f'{prefix}{url}: only https:// is accepted. For a file on this machine pass its path.')
-
-
-def default_cache_dir() -> Path:
-    """$M2M_CACHE_DIR, or ~/.cache/m2m_stylegan."""
-    return Path(os.environ.get('M2M_CACHE_DIR') or Path.home() / '.cache' / 'm2m_stylegan')
 
 
 def _cache_path(url: str, cache_dir: str | os.PathLike | None) -> Path:

@@ -27,6 +27,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def default_cache_dir() -> Path:
+    """$M2M_CACHE_DIR, or ~/.cache/m2m_stylegan."""
+    return Path(os.environ.get('M2M_CACHE_DIR') or Path.home() / '.cache' / 'm2m_stylegan')
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, 'rb') as f:

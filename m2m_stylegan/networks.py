@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 try:
-    from m2m_stylegan.ops import activation_gain, bias_act, conv2d_resample, downsample2d, setup_filter, upsample2d
+    from m2m_stylegan.ops import activation_gain, bias_act, conv2d_resample, downsample2d, epilogue, setup_filter, upsample2d
 except ImportError:  # Inside a pickle, on a machine without this package: ops/reference.py stands above this line.
     pass
 
@@ -33,13 +33,12 @@ def to_compute(x, dtype, channels_last):
     return x.to(dtype=dtype, memory_format=fmt)
 
 
-def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulate=True, flip_weight=True):
-    """Convolution whose weights are scaled per sample and input channel, then normalised per output channel (1912.04958, eq. 1-3).
+def scaled_conv2d(x, weight, styles, up=1, padding=0, resample_filter=None, demodulate=True, flip_weight=True):
+    """The two factors of a modulated convolution (1912.04958, eq. 1-3): (y [N, O, H', W'], demod [N, O] or None), whose product it is.
 
-    x: [N, I, H, W], fp16/32/64. weight: [O, I, kh, kw] and styles: [N, I] in the parameter dtype. noise: broadcastable to the output
-    [N, O, H', W'], or None. Returns [N, O, H', W'] in x's dtype.
+    x: [N, I, H, W], fp16/32/64. weight: [O, I, kh, kw] and styles: [N, I] in the parameter dtype, as is demod.
 
-    Evaluated by scaling the activations instead of the weights, with demodulation coefficients rsqrt(styles^2 . sum_k w^2): the same
+    The activations are scaled instead of the weights, with demodulation coefficients rsqrt(styles^2 . sum_k w^2): the same
     numbers up to rounding as per-sample weights [N, O, I, kh, kw], whose forming costs 15-20 times more at 512 channels.
     """
     if x.dtype == torch.float16 and demodulate:  # Keeps the products in half range; cancels in the demodulation.
@@ -48,13 +47,21 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, padding=0, resample_fi
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     demod = None
     if demodulate:
-        demod = (styles.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # [N, O]
-    x = x * styles.to(x.dtype)[:, :, None, None]
-    x = conv2d_resample(x, weight.to(x.dtype), f=resample_filter, up=up, padding=padding, flip_weight=flip_weight)
-    if demod is None:
-        return x if noise is None else x + noise.to(x.dtype)
-    demod = demod.to(x.dtype)[:, :, None, None]
-    return x * demod if noise is None else torch.addcmul(noise.to(x.dtype), x, demod)
+        demod = (styles.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
+    x = epilogue(x, scale=styles, act='linear')
+    return conv2d_resample(x, weight.to(x.dtype), f=resample_filter, up=up, padding=padding, flip_weight=flip_weight), demod
+
+
+def modulated_1x1(x, weight, styles):
+    """Modulated 1x1 convolution without demodulation, for few output channels: x [N, I, H, W], weight [O, I, 1, 1], styles [N, I] => [N, O, H, W].
+
+    With so few outputs the weights of each sample cost nothing to form, and x is read once, as a matrix, instead of being scaled first.
+    """
+    n, _, h, w = x.shape
+    weights = (weight[:, :, 0, 0] * styles[:, None, :]).to(x.dtype)  # [N, O, I]
+    if x.stride(1) == 1:  # channels-last: so are the result and all gradients
+        return torch.bmm(x.permute(0, 2, 3, 1).reshape(n, h * w, -1), weights.transpose(1, 2)).reshape(n, h, w, -1).permute(0, 3, 1, 2)
+    return torch.bmm(weights, x.reshape(n, -1, h * w)).reshape(n, -1, h, w)
 
 
 class FullyConnectedLayer(torch.nn.Module):
@@ -194,17 +201,16 @@ class SynthesisLayer(torch.nn.Module):
     def forward(self, x, w, noise_mode='random', gain=1):
         if noise_mode not in ('random', 'const', 'none'):
             raise ValueError("noise_mode must be 'random', 'const' or 'none', got %r" % (noise_mode,))
-        styles = self.affine(w)
         noise = None
         if self.use_noise and noise_mode == 'random':
-            shape = [x.shape[0], 1, self.resolution, self.resolution]
-            noise = torch.randn(shape, device=x.device, dtype=self.weight.dtype) * self.noise_strength
+            noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device, dtype=self.weight.dtype)
         if self.use_noise and noise_mode == 'const':
-            noise = self.noise_const * self.noise_strength
-        x = modulated_conv2d(x, self.weight, styles, noise=noise, up=self.up, padding=self.padding,
-                             resample_filter=self.resample_filter, flip_weight=(self.up == 1))
+            noise = self.noise_const[None, None]
+        x, demod = scaled_conv2d(x, self.weight, self.affine(w), up=self.up, padding=self.padding, resample_filter=self.resample_filter,
+                                 flip_weight=(self.up == 1))
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        return epilogue(x, scale=demod, noise=noise, strength=None if noise is None else self.noise_strength, b=self.bias, act=self.activation,
+                        gain=self.act_gain * gain, clamp=clamp)
 
 
 class ToRGBLayer(torch.nn.Module):
@@ -212,16 +218,18 @@ class ToRGBLayer(torch.nn.Module):
 
     def __init__(self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, channels_last=False):
         super().__init__()
+        if kernel_size != 1:
+            raise ValueError('ToRGBLayer is a 1x1 convolution, got kernel_size %r' % (kernel_size,))
         self.conv_clamp = conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
-        weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
+        weight = torch.randn([out_channels, in_channels, 1, 1])
         self.weight = torch.nn.Parameter(weight.contiguous(memory_format=torch.channels_last) if channels_last else weight)
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
-        self.weight_gain = float(1 / np.sqrt(in_channels * (kernel_size ** 2)))
+        self.weight_gain = float(1 / np.sqrt(in_channels))
 
     def forward(self, x, w):
-        x = modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
-        return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+        styles = self.affine(w) * self.weight_gain
+        return bias_act(modulated_1x1(x, self.weight, styles), self.bias.to(x.dtype), clamp=self.conv_clamp)
 
 
 class SynthesisBlock(torch.nn.Module):

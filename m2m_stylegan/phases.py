@@ -140,7 +140,7 @@ def make_phases(game: Game, G_params: list, D_params: list, G_lr: float, D_lr: f
     for params, lr, interval, main, reg, has_reg, letter in [
             (G_params, G_lr, options.G_reg_interval, game.g_main, game.g_reg, options.pl_weight != 0, 'G'),
             (D_params, D_lr, options.D_reg_interval, game.d_main, game.d_reg, options.r1_gamma != 0, 'D')]:
-        optimizer = torch.optim.Adam(params, **losses.lazy_adam_kwargs(lr, betas, interval))
+        optimizer = torch.optim.Adam(params, fused=True, **losses.lazy_adam_kwargs(lr, betas, interval))
         phases.append(Phase(f'{letter}main', params, optimizer, 1, main))
         if has_reg:
             phases.append(Phase(f'{letter}reg', params, optimizer, interval, reg))

@@ -118,7 +118,7 @@ def save(
 def embedded_source(module: str) -> str:
     """The text of m2m_stylegan/{module}.py ('networks' or 'augment') and of the operators it uses, ready to be executed by official loaders."""
     package = resources.files('m2m_stylegan')
-    texts = [package.joinpath(name).read_text(encoding='utf-8') for name in ('ops/reference.py', f'{module}.py')]
+    texts = [package.joinpath(name).read_text(encoding='utf-8') for name in ('ops/reference.py', 'ops/resample.py', f'{module}.py')]
     return SOURCE_HEADER + '\n\n'.join(texts) + SOURCE_FOOTER
 
 

@@ -1,8 +1,9 @@
-"""The training loop: one for `--train=full` and `--train=high-res`, which differ in what is trained and where fakes come from."""
+"""The training loop: one for every `--train` mode; they differ in what is trained and where fakes come from."""
 
 import contextlib
 import dataclasses
 import functools
+import json
 import resource
 import signal
 import time
@@ -23,7 +24,7 @@ from m2m_stylegan.progress import Progress
 class LoopOptions:
     """Everything about a run that is neither a file nor a network. Units are in the names; images count as shown to D."""
 
-    train: str = 'full'                      # 'full' or 'high-res'
+    train: str = 'full'                      # 'full', 'high-res' or 'low-res'
     d_trains: str = 'high-res'               # which part of D is trained in high-res training: 'all' or 'high-res'
     slice_res: int | None = None             # r; None for 'full'
     freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
@@ -34,6 +35,7 @@ class LoopOptions:
     max_seconds: float | None = None         # wall clock since `start_time`
     kimg_per_tick: float = 4
     snapshot_ticks: int = 50
+    snapshot_seconds: float | None = None    # also a snapshot whenever another so many seconds of the run's time are over
     G_lr: float = 0.0025
     D_lr: float = 0.0025
     ema_kimg: float = 5
@@ -115,8 +117,8 @@ def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str
     if options.train == 'full':
         frozen = slicing.freezed_names(state.D, options.freezed)
         return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all') - frozen}
-    return {'G': slicing.tensor_names(state.G, options.slice_res, 'high-res'),
-            'D': slicing.tensor_names(state.D, options.slice_res, options.d_trains)}
+    d_trains = options.d_trains if options.train == 'high-res' else 'low-res'
+    return {'G': slicing.tensor_names(state.G, options.slice_res, options.train), 'D': slicing.tensor_names(state.D, options.slice_res, d_trains)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +154,15 @@ def training_loop(
 ) -> str:
     """Train `state` in place until the image, time or signal limit; returns the reason for which it stopped.
 
-    Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), checkpoint, stats.jsonl. Networks are on
-    `device`. bank: required for 'high-res'. start_time: time.time() at which the budget max_seconds began. resume: continue from the checkpoint.
+    Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), snapshots.jsonl (their times), a
+    checkpoint, stats.jsonl. Networks are on `device`. bank: required for 'high-res'. start_time: time.time() at which the budget
+    max_seconds began. resume: continue from the checkpoint.
     """
     start_time = time.time() if start_time is None else start_time
     for net in (state.G, state.D):
         net.train().requires_grad_(False)
     state.G_ema.eval().requires_grad_(False)
-    if options.train != 'full':
+    if options.train == 'high-res':
         state.G.eval()  # The mapping is frozen, w_avg with it.
 
     state.real_signs = state.real_signs.to(device)
@@ -188,12 +191,20 @@ def training_loop(
     tick_start, tick_start_nimg, maintenance_seconds = time.time(), state.cur_nimg, time.time() - start_time
     with (contextlib.closing(stats.StatsWriter(run_dir)) as writer, StopRequest() as stop,
           Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress):
+        def elapsed_seconds() -> float:
+            return earlier_seconds + time.time() - start_time
+
         def limit_reached() -> str | None:
             if state.cur_nimg >= options.total_kimg * 1000:
                 return f'{options.total_kimg:g} kimg reached'
-            if options.max_seconds is not None and earlier_seconds + time.time() - start_time >= options.max_seconds:
+            if options.max_seconds is not None and elapsed_seconds() >= options.max_seconds:
                 return f'time budget of {stats.format_time(options.max_seconds)} used'
             return f'{stop.received} received' if stop.received else None
+
+        def snapshots_due() -> int:
+            return int(elapsed_seconds() / options.snapshot_seconds) if options.snapshot_seconds else 0
+
+        snapshots_made = snapshots_due()
 
         reason = limit_reached() if resume else None  # A new run makes at least one step, so that there is something to save.
         while reason is None:
@@ -229,23 +240,28 @@ def training_loop(
             # Reasons to stop.
             reason = limit_reached()
             progress.update(state.cur_nimg / 1000, collector)
-            if reason is None and state.cur_tick != 0 and state.cur_nimg < tick_start_nimg + options.kimg_per_tick * 1000:
+            due = snapshots_due() > snapshots_made
+            if reason is None and state.cur_tick != 0 and not due and state.cur_nimg < tick_start_nimg + options.kimg_per_tick * 1000:
                 continue
 
             # Tick: status line, statistics.
             now = time.time()
-            state.elapsed_seconds = earlier_seconds + now - start_time
+            state.elapsed_seconds = elapsed_seconds()
             _report_tick(collector, state, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
             collector.update()
             progress.echo(_status_line(collector), echo)
             writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
 
             # Snapshot: picture, pickle, checkpoint.
-            if reason is not None or state.cur_tick % options.snapshot_ticks == 0:
-                kimg = state.cur_nimg // 1000
+            if reason is not None or due or state.cur_tick % options.snapshot_ticks == 0:
+                snapshots_made = snapshots_due()
+                name = f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
                 samples = sample_grid(state.G_ema, grid, options.batch_gpu, **block_kwargs)
-                save_image_grid(samples, run_dir / f'fakes{kimg:06d}.png', (-1, 1), grid.size)
-                save_network(run_dir / f'network-snapshot-{kimg:06d}.pkl', state)
+                save_image_grid(samples, run_dir / f'fakes{name}.png', (-1, 1), grid.size)
+                save_network(run_dir / f'network-snapshot-{name}.pkl', state)
+                entry = {'pkl': f'network-snapshot-{name}.pkl', 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
+                with open(run_dir / 'snapshots.jsonl', 'a', encoding='utf-8') as f:
+                    f.write(json.dumps(entry) + '\n')
                 state.cur_tick += 1
                 checkpoint.save(run_dir, live)
             else:

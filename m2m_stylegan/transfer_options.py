@@ -21,6 +21,7 @@ class TransferOptions:
     train: str = 'high-res'
     slice: int | None = None
     d_trains: str = 'high-res'
+    no_bypass: bool = False
     bank: int | None = None
     cache_dir: str | None = None
     cond: bool = False
@@ -38,8 +39,10 @@ class TransferOptions:
     augpipe: str | None = None
     freezed: int = 0
     pl_weight: float | None = None
+    ema_rampup: float | None = None
     tick: float | None = None
     snap: int = 50
+    snap_minutes: float | None = None
     metrics: str = 'none'
     seed: int = 0
     workers: int = 3
@@ -71,18 +74,21 @@ def check_options(options: TransferOptions) -> None:
     need(options.aug == 'ada' or options.target is None, '--target is only used with --aug=ada')
     need(options.target is None or 0 <= options.target <= 1, f'--target={options.target} must lie in [0, 1]')
     need(options.aug != 'noaug' or options.augpipe is None, '--augpipe has no meaning with --aug=noaug')
-    for name in ('slice', 'bank'):
-        need(options.train == 'high-res' or getattr(options, name) is None,
-             f'--{name} is only used with --train=high-res, not with --train={options.train}')
+    need(options.train != 'full' or options.slice is None, '--slice cuts the networks for --train=high-res and low-res; --train=full trains everything')
+    need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
+    need(options.train == 'low-res' or not options.no_bypass, f'--no-bypass is only used with --train=low-res, not with --train={options.train}')
+    need(options.train != 'low-res' or options.no_bypass, '--train=low-res runs the frozen high-res blocks in this version: say so with --no-bypass')
     need(options.train == 'full' or options.freezed == 0,
          '--freezed is FreezeD, a form of --train=full; with --train=high-res use --d-trains=high-res')
     need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
     for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
         need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
-    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'subset', 'bank'):
+    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank'):
         value = getattr(options, name)
         need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
-    need(options.gamma is None or options.gamma >= 0, f'--gamma={options.gamma} must not be negative')
+    for name in ('gamma', 'ema_rampup'):
+        value = getattr(options, name)
+        need(value is None or value >= 0, f'--{name.replace("_", "-")}={value} must not be negative')
     need(options.bank is None or options.bank % CHUNK_ITEMS == 0,
          f'--bank={options.bank} must be a multiple of {CHUNK_ITEMS}')
     need(options.snap > 0, f'--snap={options.snap} must be at least 1')
@@ -116,8 +122,9 @@ def slice_of(options: TransferOptions, resolution: int) -> int:
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
     """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks.
 
-    As in the official --resume, fine-tuning of the whole network keeps the moving average's full half-life from the start. High-res training
-    begins with a short one: its runs can be shorter than that half-life, and the average would still show the source.
+    As in the official --resume, fine-tuning of the whole network keeps the moving average's full half-life from the start. Training of a part
+    begins with a short one: its runs can be shorter than that half-life, and the average would still show the source. `--ema-rampup` overrides
+    both, so that short runs can be compared.
     """
     on_cpu, scratch = device.type == 'cpu', options.network == 'none'
     batch = options.batch or min(max(min(4096 // resolution, 32), 1), 16 if on_cpu else 32)
@@ -126,14 +133,16 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
         raise UserError(f'--batch={batch} must be a multiple of --batch-gpu={batch_gpu}.')
     lr = options.lr or (0.002 if resolution >= 1024 else 0.0025)
     gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
+    ema_rampup = (None if options.train == 'full' and not scratch else 0.05) if options.ema_rampup is None else options.ema_rampup or None
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
         train=options.train, d_trains=options.d_trains, freezed=options.freezed,
-        slice_res=slice_of(options, resolution) if options.train == 'high-res' else None, seed=options.seed,
+        slice_res=None if options.train == 'full' else slice_of(options, resolution), seed=options.seed,
         batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
-        snapshot_ticks=options.snap, G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32,
-        ema_rampup=None if options.train == 'full' and not scratch else 0.05, loss=loss,
+        snapshot_ticks=options.snap, snapshot_seconds=None if options.snap_minutes is None else options.snap_minutes * 60,
+        G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32,
+        ema_rampup=ema_rampup, loss=loss,
         ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
         force_fp32=on_cpu or options.fp32)
 

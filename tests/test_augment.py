@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from m2m_stylegan import augment
 from m2m_stylegan.augment import AUGPIPE_SPECS, AugmentPipe, augpipe_kwargs
-from m2m_stylegan.ops import reference
+from m2m_stylegan.ops import reference, resample
 
 DEBUG, RECORDED = golden.load('augment_debug'), golden.load('augment_recorded_draws')
 ALL = dict.fromkeys(AUGPIPE_SPECS['bgcfnc'], 1)
@@ -97,7 +97,7 @@ def test_large_images_take_the_fir_operators_with_equal_results(size, monkeypatc
     for name in ('upsample2d', 'downsample2d'):
         def counted(*args, name=name, **kwargs):
             calls.append(name)
-            return getattr(reference, name)(*args, **kwargs)
+            return getattr(resample, name)(*args, **kwargs)
         monkeypatch.setattr(augment, name, counted)
     pipe = make_pipe(**augpipe_kwargs('bg'))
     by_operators = pipe(images, debug_percentile=0.7)
@@ -324,7 +324,7 @@ def test_empty_batch():
 
 def test_source_stands_alone_behind_the_reference_operators(monkeypatch):
     """As embedded in a pickle: Python 3.7 syntax, no package m2m_stylegan."""
-    source = inspect.getsource(reference) + inspect.getsource(augment)
+    source = inspect.getsource(reference) + inspect.getsource(resample) + inspect.getsource(augment)
     ast.parse(source, feature_version=(3, 7))
     for name in ('m2m_stylegan', 'm2m_stylegan.ops'):
         monkeypatch.setitem(__import__('sys').modules, name, None)

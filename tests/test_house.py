@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'm2m_stylegan'
 
 FLOORS = [
-    {'errors', 'files', 'ops', 'ops.reference', 'stats', 'ada', 'locks', 'progress'},
+    {'errors', 'files', 'ops', 'ops.reference', 'ops.resample', 'ops.library', 'ops.build', 'ops.dispatch', 'ops.selfcheck', 'stats', 'ada', 'locks',
+     'progress'},
     {'pickles', 'pickles_tree', 'pickles_reader', 'pickles_writer', 'pickles_globals', 'image_files', 'dataset_checks', 'datasets', 'prepare_images',
      'demo_data', 'images', 'networks', 'augment', 'downloads', 'run_dir'},
     {'network_kwargs', 'network_records', 'legacy_tf', 'snapshots', 'slicing'},

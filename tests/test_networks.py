@@ -4,7 +4,7 @@ import golden
 import pytest
 import torch
 
-from m2m_stylegan import networks
+from m2m_stylegan import networks, ops
 
 G_NAMES = ['g_4x4', 'g_orig_rgb_16', 'g_resnet_clamp_gray_16', 'g_resnet_cond_16', 'g_skip_cond_gray_clamp_16', 'g_skip_nonoise_relu_odd_16',
            'g_skip_rgb_32']
@@ -116,7 +116,8 @@ def test_modulated_conv2d(case, dtype, tolerance):
     x, weight, styles = (MODCONV.tensor(f'{i}/{k}', dtype).requires_grad_() for k in ['x', 'weight', 'styles'])
     noise = MODCONV.tensor(f'{i}/noise', dtype) if case['noise'] else None
     f = MODCONV.tensor('filter/f1331', dtype) if case['up'] == 2 else None
-    y = networks.modulated_conv2d(x, weight, styles, noise, case['up'], case['padding'], f, case['demodulate'], case['flip_weight'])
+    y, demod = networks.scaled_conv2d(x, weight, styles, case['up'], case['padding'], f, case['demodulate'], case['flip_weight'])
+    y = ops.epilogue(y, demod, noise, act='linear')
     grads = torch.autograd.grad(y, [x, weight, styles], MODCONV.tensor(f'{i}/dy', dtype))
     for actual, key in zip([y, *grads], ['y', 'dx', 'dweight', 'dstyles'], strict=True):
         assert golden.relative_error(actual, MODCONV.tensor(f'{i}/{key}')) < tolerance, key
@@ -150,7 +151,7 @@ def test_half_precision_rules():
         check(value, key)
     assert set(got) == {key for key in vectors.arrays if key.startswith(('syn/', 'disc/'))}
     x, weight, styles = (torch.from_numpy(vectors.arrays[f'modconv/{k}']) for k in ['x', 'weight', 'styles'])
-    y = networks.modulated_conv2d(x, weight, styles, padding=1)
+    y = ops.epilogue(*networks.scaled_conv2d(x, weight, styles, padding=1), act='linear')
     check(y, 'modconv/y_half_unfused')
     assert golden.relative_error(y, vectors.tensor('modconv/y_float32')) < 1e-2
 

@@ -481,7 +481,8 @@ def test_embedded_source_is_old_python(module):
     ast.parse(source, feature_version=(3, 7))
     imported = {name.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {'numpy', 'torch', 'torch.nn.functional', 'contextlib', 'm2m_stylegan.ops', 'torch_utils.persistence'}
+    assert imported <= {'numpy', 'torch', 'torch.nn.functional', 'contextlib', 'torch_utils.persistence',
+                        'm2m_stylegan.ops', 'm2m_stylegan.ops.dispatch', 'm2m_stylegan.ops.reference'}
 
 
 # The loader of the official code bases as spec'd: executes the embedded text in an empty module and allocates without a constructor.

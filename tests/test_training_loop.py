@@ -112,7 +112,7 @@ def test_files_of_a_run(tmp_path, dataset):
     saved = []
     train(tmp_path / 'run', dataset, options_for('full', snapshot_ticks=2), saved=saved)
     names = sorted(path.name for path in (tmp_path / 'run').iterdir() if 'tfevents' not in path.name)
-    assert names == ['fakes000000.png', checkpoint.FILE_NAME, 'stats.jsonl']
+    assert names == ['fakes000000.png', checkpoint.FILE_NAME, 'snapshots.jsonl', 'stats.jsonl']
     assert saved == ['network-snapshot-000000.pkl'] * 3  # tick 0, tick 2, the end
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'stats.jsonl').read_text().splitlines()]
     assert [line['Progress/kimg']['mean'] for line in lines] == [0.004, 0.020, 0.036, 0.040]

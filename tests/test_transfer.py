@@ -34,7 +34,7 @@ def test_high_res_transfer(tmp_path, files):
     assert directory.name == '00000-data-auto1-kimg0.016-batch4-resumecustom-m2m-high-res-slice8'
     written = {path.name for path in directory.iterdir() if 'tfevents' not in path.name}
     assert written == {'training_options.json', 'log.txt', 'reals.png', 'fakes_init.png', 'fakes000000.png', 'network-snapshot-000000.pkl',
-                       'stats.jsonl', 'm2m-checkpoint.pt', 'before-after.png'}
+                       'stats.jsonl', 'snapshots.jsonl', 'm2m-checkpoint.pt', 'before-after.png'}
     before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
     for key in ['G', 'D', 'G_ema']:
         old, new = (getattr(snapshot, key).state_dict() for snapshot in (before, after))
@@ -60,6 +60,30 @@ def test_second_run_finds_the_cache(tmp_path, files, monkeypatch):
     assert len(list((tmp_path / 'cache' / 'features').iterdir())) == 1
     assert run(tmp_path, **files, slice=4, seed=3).exit_code == 0
     assert len(list((tmp_path / 'cache' / 'features').iterdir())) == 2
+
+
+def test_low_res_without_bypass(tmp_path, files):
+    result = run(tmp_path, '--no-bypass', **files, slice=8, train='low-res', bank=None)
+    assert result.exit_code == 0, result.output
+    directory, = (tmp_path / 'runs').iterdir()
+    before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
+    for key in ['G', 'D', 'G_ema']:
+        old, new = (getattr(snapshot, key).state_dict() for snapshot in (before, after))
+        moved = {name for name in new if not torch.equal(old[name], new[name])}
+        assert moved and all(slicing.is_low_res(name, 8) for name in moved), key
+    assert 'mapping.w_avg' in moved
+    refused = run(tmp_path, **files, train='low-res', bank=None)
+    assert refused.exit_code == 1 and 'say so with --no-bypass' in refused.output
+
+
+def test_snapshots_by_the_clock(tmp_path, files):
+    assert run(tmp_path, **files, slice=8, snap_minutes=1e-5, tick=1000).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    lines = [json.loads(line) for line in (directory / 'snapshots.jsonl').read_text().splitlines()]
+    assert [line['cur_nimg'] for line in lines] == [4, 8, 12, 16]
+    assert [line['pkl'] for line in lines] == [f'network-snapshot-000000_{n:03d}.pkl' for n in (4, 8, 12, 16)]
+    assert {path.name for path in directory.glob('*.pkl')} == {line['pkl'] for line in lines}
+    assert lines == sorted(lines, key=lambda line: line['elapsed_s'])
 
 
 def test_full_training_and_freezed(tmp_path, files):
@@ -132,7 +156,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
     text = str(err.value)
     for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada',
                  '--augpipe has no meaning',
-                 '--slice is only used with --train=high-res', '--bank is only used', '--cbase shapes a new network', '--kimg=0 must be positive',
+                 '--slice cuts the networks for --train=high-res and low-res', '--bank is only used', '--cbase shapes a new network', '--kimg=0 must be positive',
                  '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16', '--metrics=fid50k_full: this version evaluates no metrics']:
         assert part in text, part
 

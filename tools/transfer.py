@@ -15,8 +15,10 @@ from m2m_stylegan.errors import UserError
 @click.option('--cache-dir', metavar='DIR', help='Downloads and cached features  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
 @click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped; a pickle: start from its weights')
 # What is trained.
-@click.option('--train', type=click.Choice(['high-res', 'full']), default='high-res', help='Only the blocks above the slice, or everything')
-@click.option('--slice', type=int, metavar='R', help='Blocks up to R x R pixels are frozen and cached  [default: resolution / 8]')
+@click.option('--train', type=click.Choice(['high-res', 'low-res', 'full']), default='high-res', help='Only the blocks above the slice, only the '
+              'blocks up to it, or everything')
+@click.option('--slice', type=int, metavar='R', help='Blocks up to R x R pixels are the low-res part  [default: resolution / 8]')
+@click.option('--no-bypass', is_flag=True, help='Low-res training: run the frozen high-res blocks')
 @click.option('--d-trains', type=click.Choice(['all', 'high-res']), default='high-res', help='Trained part of D in high-res training')
 @click.option('--bank', type=int, metavar='N', help='Latents in the feature cache  [default: what fits 1 GiB, at most 4096]')
 @click.option('--freezed', type=int, metavar='N', default=0, help='FreezeD: freeze the first N layers of D')
@@ -33,6 +35,8 @@ from m2m_stylegan.errors import UserError
 @click.option('--lr', type=float, metavar='F', help='Learning rate of G and D  [default: 0.0025, from 1024 pixels on 0.002]')
 @click.option('--gamma', type=float, metavar='F', help='R1 weight  [default: by resolution and batch]')
 @click.option('--pl-weight', type=float, metavar='F', help='Path length weight  [default: 2]')
+@click.option('--ema-rampup', type=float, metavar='F', help='Half-life of the moving average, as a fraction of the run so far; 0: full from the '
+              'start  [default: 0.05, fine-tuning with --train=full 0]')
 @click.option('--seed', type=int, metavar='N', default=0, help='Random seed')
 # Augmentation.
 @click.option('--aug', type=click.Choice(['noaug', 'ada', 'fixed']), default='ada', help='Augmentation mode')
@@ -42,6 +46,7 @@ from m2m_stylegan.errors import UserError
 # Output.
 @click.option('--tick', type=float, metavar='KIMG', help='Thousand images between status lines  [default: 4, on a CPU 1]')
 @click.option('--snap', type=int, metavar='TICKS', default=50, help='Ticks between snapshots')
+@click.option('--snap-minutes', type=float, metavar='N', help='Also a snapshot every N minutes of wall clock; its name then has three more digits')
 @click.option('--metrics', metavar='NAMES', default='none', help='none: metrics are not evaluated while training in this version')
 # The machine.
 @click.option('--device', metavar='NAME', default='auto', help='auto, cpu, cuda or cuda:N')

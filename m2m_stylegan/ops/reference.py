@@ -1,4 +1,4 @@
-"""Plain PyTorch implementations of the StyleGAN2 operators: activations with bias, FIR resampling, resampling convolutions.
+"""Plain PyTorch implementations of the StyleGAN2 operators that are also compiled: activations with bias, FIR resampling.
 
 Maths: Karras et al., arXiv 1812.04948 and 1912.04958. Everything is differentiable to any order and runs in the dtype and on
 the device of its input. This file is also copied, as text, in front of `networks.py` and `augment.py` when they are
@@ -95,6 +95,22 @@ class _RectifyGrad(torch.autograd.Function):
         return _RectifyGrad.apply(ddx, ctx.saved_tensors[0], *ctx.args), None, None, None, None
 
 
+def epilogue(x, scale=None, noise=None, strength=None, b=None, act='lrelu', alpha=None, gain=None, clamp=None):
+    """What follows a modulated convolution: clamp(gain * act(x * scale + noise * strength + b), -clamp, clamp).
+
+    x: [N, C, H, W], any floating dtype. scale: [N, C]. noise: [N or 1, 1, H, W] or [H, W]. strength: []. b: [C]. Each of these in any
+    floating dtype, or None. act, alpha, gain, clamp: as in `bias_act`. Returns x's shape and dtype.
+    """
+    if noise is not None:
+        noise = (noise if strength is None else noise * strength).to(x.dtype)
+    if scale is not None:
+        scale = scale.to(x.dtype)[:, :, None, None]
+        x = x * scale if noise is None else torch.addcmul(noise, x, scale)
+    elif noise is not None:
+        x = x + noise
+    return bias_act(x, None if b is None else b.to(x.dtype), act=act, alpha=alpha, gain=gain, clamp=clamp)
+
+
 def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None):
     """Turn taps into the float32 buffer that the FIR operators take.
 
@@ -117,23 +133,26 @@ def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None):
     return f * (gain ** (f.ndim / 2))
 
 
-def _pair(value):
+def pair(value):
+    """int or (x, y) => (x, y)."""
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _quad(padding):
+def quad(padding):
+    """int, (x, y) or (x0, x1, y0, y1) => (x0, x1, y0, y1)."""
     if isinstance(padding, int):
         return (padding,) * 4
     padding = tuple(int(p) for p in padding)
     return padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
 
 
-def _taps(f):
+def filter_size(f):
     """(width, height) of a filter."""
     return (1, 1) if f is None else (int(f.shape[-1]), int(f.shape[0]))
 
 
-def _crop_or_pad(x, padding):
+def crop_or_pad(x, padding):
+    """Pad with zeros by (x0, x1, y0, y1); negative values crop."""
     x0, x1, y0, y1 = padding
     if max(padding) > 0:
         x = F.pad(x, [max(x0, 0), max(x1, 0), max(y0, 0), max(y1, 0)])
@@ -148,7 +167,7 @@ def _fir(x, f, up, down, padding, flip, gain):
     (ux, uy), (x0, x1, y0, y1) = up, padding
     if ux > 1 or uy > 1:
         # Zero insertion keeps the memory format: channels-last depthwise convolutions are 3 to 30 times faster on a CPU.
-        fmt = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        fmt = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         shape = [x.shape[0], channels, x.shape[2] * uy + max(y0, 0) + max(y1, 0), x.shape[3] * ux + max(x0, 0) + max(x1, 0)]
         z = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=fmt)
         z[:, :, max(y0, 0): max(y0, 0) + x.shape[2] * uy: uy, max(x0, 0): max(x0, 0) + x.shape[3] * ux: ux] = x
@@ -156,7 +175,7 @@ def _fir(x, f, up, down, padding, flip, gain):
     x0, x1, y0, y1 = padding
     symmetric = x0 == x1 >= 0 and y0 == y1 >= 0  # The convolution itself can pad then, without a copy.
     if not symmetric:
-        x = _crop_or_pad(x, padding)
+        x = crop_or_pad(x, padding)
     f = f.to(device=x.device, dtype=x.dtype) * gain
     if not flip:  # conv2d computes a correlation
         f = f.flip([0, 1])
@@ -164,8 +183,17 @@ def _fir(x, f, up, down, padding, flip, gain):
     return F.conv2d(x, weight, stride=(down[1], down[0]), padding=(y0, x0) if symmetric else 0, groups=channels)
 
 
-def _is_channels_last(x):
+def is_channels_last(x):
+    """Are the channels of one pixel neighbours in memory?"""
     return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def adjoint_padding(taps, in_size, out_size, up, down, padding):
+    """Padding with which upfirdn2d, with up and down exchanged and the filter flipped, is its own gradient; all arguments are (x, y)."""
+    ends = []
+    for i, p0 in enumerate((padding[0], padding[2])):
+        ends += [taps[i] - p0 - 1, in_size[i] * up[i] - out_size[i] * down[i] + p0 - up[i] + 1]
+    return tuple(ends)
 
 
 class _UpFirDn(torch.autograd.Function):
@@ -183,11 +211,9 @@ class _UpFirDn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        f, up, down, (x0, _, y0, _), flip, gain = ctx.args
-        (fw, fh), (iw, ih) = _taps(f), ctx.in_size
-        oh, ow = dy.shape[2:]
-        p = (fw - x0 - 1, iw * up[0] - ow * down[0] + x0 - up[0] + 1, fh - y0 - 1, ih * up[1] - oh * down[1] + y0 - up[1] + 1)
-        return (_UpFirDn.apply(dy, f, down, up, p, not flip, gain),) + (None,) * 6
+        f, up, down, padding, flip, gain = ctx.args
+        padding = adjoint_padding(filter_size(f), ctx.in_size, (dy.shape[3], dy.shape[2]), up, down, padding)
+        return (_UpFirDn.apply(dy, f, down, up, padding, not flip, gain),) + (None,) * 6
 
 
 def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1):
@@ -197,78 +223,28 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1):
     padding: int, (x, y) or (x0, x1, y0, y1), negative values crop. flip_filter: correlation instead of convolution. gain: total factor.
     Returns [N, C, H', W'] with H' = (H * up + y0 + y1 - taps_y) // down + 1. Raises ValueError for a bad shape.
     """
+    up, down, padding = check_upfirdn2d(x, f, up, down, padding)
+    if f is None:
+        f = torch.ones([1, 1], dtype=x.dtype, device=x.device)
+    return fir_passes(_UpFirDn.apply, x, f, up, down, padding, flip_filter, gain)
+
+
+def check_upfirdn2d(x, f, up, down, padding):
+    """(up, down, padding) as pairs and a quad. Raises ValueError for shapes that cannot be filtered."""
     if x.ndim != 4:
         raise ValueError('upfirdn2d expects an [N, C, H, W] tensor, got shape %s' % (list(x.shape),))
-    up, down, padding = _pair(up), _pair(down), _quad(padding)
-    (fw, fh), (x0, x1, y0, y1) = _taps(f), padding
+    up, down, padding = pair(up), pair(down), quad(padding)
+    (fw, fh), (x0, x1, y0, y1) = filter_size(f), padding
     if x.shape[3] * up[0] + x0 + x1 < fw or x.shape[2] * up[1] + y0 + y1 < fh:
         raise ValueError('upfirdn2d: a padded input of %d x %d is smaller than the filter of %d x %d taps (height x width)' % (
             x.shape[2] * up[1] + y0 + y1, x.shape[3] * up[0] + x0 + x1, fh, fw))
-    if f is None:
-        f = torch.ones([1, 1], dtype=x.dtype, device=x.device)
+    return up, down, padding
+
+
+def fir_passes(fir, x, f, up, down, padding, flip, gain):
+    """fir(x, f, up, down, padding, flip, gain) once for a filter [taps_y, taps_x], along x and then along y for a separable one [taps]."""
     if f.ndim == 2:
-        return _UpFirDn.apply(x, f, up, down, padding, flip_filter, gain)
-    x = _UpFirDn.apply(x, f[None, :], (up[0], 1), (down[0], 1), (x0, x1, 0, 0), flip_filter, gain ** 0.5)
-    return _UpFirDn.apply(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, y0, y1), flip_filter, gain ** 0.5)
-
-
-def _with_padding(padding, extra):
-    return tuple(p + e for p, e in zip(_quad(padding), extra))
-
-
-def filter2d(x, f, padding=0, flip_filter=False, gain=1):
-    """FIR filter at unchanged size: x [N, C, H, W] => [N, C, H, W] plus twice `padding`."""
-    fw, fh = _taps(f)
-    return upfirdn2d(x, f, 1, 1, _with_padding(padding, (fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2)), flip_filter, gain)
-
-
-def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1):
-    """FIR upsampling that keeps the mean: x [N, C, H, W] => [N, C, H * up, W * up]."""
-    (ux, uy), (fw, fh) = _pair(up), _taps(f)
-    extra = ((fw + ux - 1) // 2, (fw - ux) // 2, (fh + uy - 1) // 2, (fh - uy) // 2)
-    return upfirdn2d(x, f, up, 1, _with_padding(padding, extra), flip_filter, gain * ux * uy)
-
-
-def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1):
-    """FIR downsampling: x [N, C, H, W] => [N, C, H // down, W // down]."""
-    (dx, dy), (fw, fh) = _pair(down), _taps(f)
-    extra = ((fw - dx + 1) // 2, (fw - dx) // 2, (fh - dy + 1) // 2, (fh - dy) // 2)
-    return upfirdn2d(x, f, 1, down, _with_padding(padding, extra), flip_filter, gain)
-
-
-def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):
-    """Convolution with FIR upsampling before it or FIR downsampling after it, evaluated in the cheapest equal order.
-
-    x: [N, C_in, H, W]. w: [C_out, C_in // groups, kh, kw], same dtype. f: FIR filter. up, down: int. padding: int or quad, with
-    respect to the upsampled image, applied once at the start. flip_weight: True = correlation, as in torch, False = convolution.
-    flip_filter: the same for f. Returns [N, C_out, H', W'].
-    """
-    (fw, fh), (kh, kw), (x0, x1, y0, y1) = _taps(f), w.shape[2:], _quad(padding)
-    if up > 1:
-        x0, x1, y0, y1 = x0 + (fw + up - 1) // 2, x1 + (fw - up) // 2, y0 + (fh + up - 1) // 2, y1 + (fh - up) // 2
-    if down > 1:
-        x0, x1, y0, y1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2, y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
-    correlation = w if flip_weight else w.flip([2, 3])
-
-    if up > 1 and down == 1 and kh == kw == 1:  # A 1x1 convolution commutes with the filter: run it on the small image.
-        return upfirdn2d(F.conv2d(x, correlation, groups=groups), f, up, 1, (x0, x1, y0, y1), flip_filter, up ** 2)
-    if down > 1 and up == 1:  # Filter, then convolve only where a sample is kept.
-        if kh == kw == 1:
-            return F.conv2d(upfirdn2d(x, f, 1, down, (x0, x1, y0, y1), flip_filter), correlation, groups=groups)
-        return F.conv2d(upfirdn2d(x, f, 1, 1, (x0, x1, y0, y1), flip_filter), correlation, stride=down, groups=groups)
-    if up > 1 and down == 1 and min(x0, x1, y0, y1) >= 0:  # A transposed convolution skips the zeros; the filter commutes with it and comes last.
-        c_in, c_out = x.shape[1], w.shape[0]
-        wt = (w.flip([2, 3]) if flip_weight else w).reshape(groups, c_out // groups, c_in // groups, kh, kw)
-        wt = wt.transpose(1, 2).reshape(c_in, c_out // groups, kh, kw)
-        x0, x1, y0, y1 = x0 - (kw - 1), x1 - (kw - up), y0 - (kh - 1), y1 - (kh - up)
-        # What can be cropped by the transposed convolution itself need not be computed.
-        crop = (max(min(-y0, -y1), 0), max(min(-x0, -x1), 0))
-        x = F.conv_transpose2d(x, wt, stride=up, padding=crop, groups=groups)
-        return upfirdn2d(x, f, 1, 1, (x0 + crop[1], x1 + crop[1], y0 + crop[0], y1 + crop[0]), flip_filter, up ** 2)
-    if up == 1 and down == 1:
-        if x0 == x1 and y0 == y1 and min(x0, y0) >= 0:
-            return F.conv2d(x, correlation, padding=(y0, x0), groups=groups)
-        return F.conv2d(_crop_or_pad(x, (x0, x1, y0, y1)), correlation, groups=groups)
-    x = upfirdn2d(x, f if up > 1 else None, up, 1, (x0, x1, y0, y1), flip_filter, up ** 2)
-    x = F.conv2d(x, correlation, groups=groups)
-    return upfirdn2d(x, f, 1, down, 0, flip_filter) if down > 1 else x
+        return fir(x, f, up, down, padding, flip, gain)
+    x0, x1, y0, y1 = padding
+    x = fir(x, f[None, :], (up[0], 1), (down[0], 1), (x0, x1, 0, 0), flip, gain ** 0.5)
+    return fir(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, y0, y1), flip, gain ** 0.5)

@@ -1,0 +1,81 @@
+// What the CPU kernels share. Headers are narrow: torch/extension.h or ATen/ATen.h would multiply the time of the build.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace m2m_stylegan {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Arithmetic runs in double for double and in float for everything else; results are rounded once.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline at::ScalarType acc_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+#define M2M_DISPATCH(tensor, name, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (tensor).scalar_type(), name, __VA_ARGS__)
+
+// f(begin, end) over [0, tasks), in the calling thread if there are too few elements for waking others to pay.
+template <typename F>
+void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
+    constexpr int64_t kGrain = 32768;
+    at::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_task)), f);
+}
+
+template <typename T>
+const T* data_or_null(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<T>() : nullptr; }
+
+// max(min(y, limit), -limit) that lets NaN through; limit may be infinite.
+template <typename A>
+A clamped(A y, A limit) {
+    y = y > limit ? limit : y;
+    return y < -limit ? -limit : y;
+}
+
+// leaky ReLU. The product is formed in any case: a compiler must not move arithmetic out of a branch, so a branch is not vectorised.
+template <typename A>
+A leaky(A x, A alpha) {
+    const A negative = alpha * x;
+    return x > 0 ? x : negative;
+}
+
+// d clamp(gain * leaky(x)) / dx from the value y: its sign and size tell all.
+template <typename A>
+struct RectifierSlope {
+    A positive, negative, limit;  // NaN as limit means none: no y compares greater or equal
+
+    A operator()(A y) const {
+        const A slope = y > 0 ? positive : negative;
+        return std::abs(y) >= limit ? A(0) : slope;
+    }
+};
+
+// For y in dtype T: a clamped y has been rounded to it, and so has the limit here.
+template <typename T, typename A = acc_t<T>>
+RectifierSlope<A> rectifier_slope(double alpha, double gain, double clamp) {
+    const A limit = clamp < 0 ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(static_cast<T>(clamp));
+    return {static_cast<A>(gain), static_cast<A>(gain * alpha), limit};
+}
+
+template <typename A>
+A limit_of(double clamp) { return clamp < 0 ? std::numeric_limits<A>::infinity() : static_cast<A>(clamp); }
+
+inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+    TORCH_CHECK(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of the shape and dtype of ", like_name, ", ",
+                like.sizes(), " ", like.scalar_type(), ", found ", t.sizes(), " ", t.scalar_type());
+}
+
+}  // namespace m2m_stylegan

@@ -1,0 +1,364 @@
+// epilogue: what follows a modulated convolution, clamp(gain * lrelu(x * scale + noise * strength + b)), and its gradients, each in one pass over
+// memory. The order of all sums depends on shapes alone, so results are the same for any number of threads.
+#include "common.h"
+
+#include <array>
+#include <tuple>
+
+namespace m2m_stylegan {
+namespace {
+
+constexpr int64_t kRow = 256;      // elements that one inner loop handles, or more if there are more channels
+constexpr int64_t kRows = 32;      // rows that are summed in the dtype of the arithmetic before their sum is added to a double
+constexpr int64_t kChunk = 16384;  // elements of a plane that one task handles
+
+// [N, C, H, W] as memory: per sample, channels-last is one plane of pixels with C neighbouring channels, contiguous is C planes with one.
+struct Layout {
+    at::MemoryFormat format;
+    int64_t samples, channels, pixels, planes, neighbours;
+    int64_t row_pixels, chunk_pixels, chunks;  // of a plane; chunks per plane
+
+    explicit Layout(const Tensor& x) : format(x.suggest_memory_format()), samples(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)) {
+        const bool channels_last = format == at::MemoryFormat::ChannelsLast || pixels == 1;
+        planes = channels_last ? 1 : channels;
+        neighbours = channels_last ? channels : 1;
+        row_pixels = std::max<int64_t>(1, std::min(pixels, kRow / std::max<int64_t>(1, neighbours)));
+        chunk_pixels = row_pixels * std::max<int64_t>(1, kChunk / std::max<int64_t>(1, row()));
+        chunks = (pixels + chunk_pixels - 1) / chunk_pixels;
+    }
+
+    int64_t row() const { return row_pixels * neighbours; }
+
+    // f(begin, end) over tasks; task i is chunk i % chunks of sample i / chunks, in all planes.
+    template <typename F>
+    void for_tasks(const F& f) const { parallel(samples * chunks, std::min(chunk_pixels, pixels) * channels, f); }
+
+    // row(start, pixel, count) for the rows of a chunk in one plane: their first element in memory, first pixel and number of pixels.
+    // after() follows every kRows rows and the last one.
+    template <typename F, typename G>
+    void for_rows(int64_t task, int64_t plane, const F& row, const G& after) const {
+        const int64_t first = task % chunks * chunk_pixels, stop = std::min(pixels, first + chunk_pixels);
+        const int64_t base = (task / chunks * planes + plane) * pixels;
+        for (int64_t p = first; p < stop;) {
+            const int64_t pause = std::min(stop, p + kRows * row_pixels);
+            for (; p < pause; p += row_pixels) row((base + p) * neighbours, p, std::min(row_pixels, stop - p));
+            after();
+        }
+    }
+};
+
+// One value per channel of a row, repeated for its pixels.
+template <typename A>
+struct Tile {
+    const Layout& l;
+    const A* values;  // [C] or, if `per_sample`, [N, C]; null: `otherwise` everywhere
+    bool per_sample;
+    std::vector<A> row;
+
+    Tile(const Layout& layout, const OptionalTensor& t, A otherwise)
+        : l(layout), values(data_or_null<A>(t)), per_sample(t.has_value() && t->dim() == 2), row(layout.row(), otherwise) {}
+
+    const A* get(int64_t sample, int64_t plane) {
+        if (values) {
+            const A* source = values + (per_sample ? sample * l.channels : 0) + plane;
+            for (int64_t p = 0; p < l.row_pixels; ++p) std::copy_n(source, l.neighbours, row.data() + p * l.neighbours);
+        }
+        return row.data();
+    }
+};
+
+// Sums per channel over the pixels of each chunk: rows in A, their sums in double.
+template <typename A>
+struct Sums {
+    const Layout& l;
+    std::vector<double>& totals;  // [N, chunks, C]
+    std::vector<A> row;
+
+    Sums(const Layout& layout, std::vector<double>& chunk_totals) : l(layout), totals(chunk_totals), row(layout.row(), A(0)) {}
+
+    void fold(int64_t task, int64_t plane) {
+        double* total = totals.data() + task * l.channels + plane;
+        for (int64_t p = 0; p < l.row_pixels; ++p)
+            for (int64_t c = 0; c < l.neighbours; ++c) total[c] += row[p * l.neighbours + c];
+        std::fill(row.begin(), row.end(), A(0));
+    }
+};
+
+// [N, chunks, C] => [N, C] (groups = N) or [C] (groups = 1).
+template <typename A>
+void reduce(const std::vector<double>& totals, int64_t groups, int64_t channels, const Tensor& out) {
+    std::vector<double> sum(channels);
+    const int64_t parts = static_cast<int64_t>(totals.size()) / std::max<int64_t>(1, groups * channels);
+    for (int64_t group = 0; group < groups; ++group) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t c = 0; c < channels; ++c) sum[c] += totals[(group * parts + part) * channels + c];
+        std::copy(sum.begin(), sum.end(), out.mutable_data_ptr<A>() + group * channels);
+    }
+}
+
+template <typename T, typename A>
+void forward_row(T* __restrict y, const T* __restrict x, const A* __restrict scale, const A* __restrict offset, A alpha, A gain, A limit, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const A t = static_cast<A>(x[i]) * scale[i] + offset[i];
+        y[i] = static_cast<T>(clamped(gain * leaky(t, alpha), limit));
+    }
+}
+
+// out = bias + noise * factor, the noise being the same for all channels of a pixel.
+template <typename A>
+void add_noise(A* __restrict out, const A* __restrict bias, const A* __restrict noise, A factor, int64_t pixels, int64_t neighbours) {
+    if (neighbours == 1) {
+        for (int64_t p = 0; p < pixels; ++p) out[p] = bias[p] + noise[p] * factor;
+        return;
+    }
+    for (int64_t p = 0; p < pixels; ++p) {
+        const A offset = noise[p] * factor;
+        for (int64_t c = 0; c < neighbours; ++c) out[p * neighbours + c] = bias[p * neighbours + c] + offset;
+    }
+}
+
+// g = dy * slope, and all that is summed or made of it; `g` is kept for the noise.
+template <bool with_x, bool with_noise, typename T, typename A>
+void grad_row(T* __restrict dx, A* __restrict sum_g, A* __restrict sum_gx, A* __restrict g, const T* dy, const T* y, const T* __restrict x,
+              const A* __restrict scale, RectifierSlope<A> slope, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const A value = static_cast<A>(dy[i]) * slope(static_cast<A>(y[i]));
+        dx[i] = static_cast<T>(value * scale[i]);
+        sum_g[i] += value;
+        if constexpr (with_x) sum_gx[i] += value * static_cast<A>(x[i]);
+        if constexpr (with_noise) g[i] = value;
+    }
+}
+
+// Sums over the channels of each pixel.
+template <typename A>
+void add_pixels(double* __restrict sums, const A* __restrict g, int64_t pixels, int64_t neighbours) {
+    if (neighbours == 1) {
+        for (int64_t p = 0; p < pixels; ++p) sums[p] += g[p];
+        return;
+    }
+    for (int64_t p = 0; p < pixels; ++p) {
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < neighbours; ++c) sum += g[p * neighbours + c];
+        sums[p] += sum;
+    }
+}
+
+template <bool with_x, typename T, typename A>
+void grad2_row(T* __restrict gdy, T* __restrict gx, A* __restrict sum, const T* __restrict ddx, const T* dy, const T* y, const T* __restrict x,
+               const A* __restrict scale, const A* __restrict ddscale, RectifierSlope<A> slope, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const A r = slope(static_cast<A>(y[i])), g = static_cast<A>(dy[i]) * r, v = static_cast<A>(ddx[i]);
+        if constexpr (with_x) {
+            gdy[i] = static_cast<T>(r * (v * scale[i] + ddscale[i] * static_cast<A>(x[i])));
+            gx[i] = static_cast<T>(g * ddscale[i]);
+        } else {
+            gdy[i] = static_cast<T>(r * (v * scale[i]));
+        }
+        sum[i] += g * v;
+    }
+}
+
+void check_small(const char* op, const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x) {
+    if (!t.has_value()) return;
+    TORCH_CHECK(t->sizes() == shape && t->scalar_type() == acc_type(x), op, ": expected ", name, " ", shape, " ", acc_type(x), " for features ", x.sizes(),
+                " ", x.scalar_type(), ", found ", t->sizes(), " ", t->scalar_type());
+}
+
+void check_args(const char* op, const char* name, const Tensor& x, const OptionalTensor& scale) {
+    TORCH_CHECK(x.dim() == 4, op, ": expected ", name, " [N, C, H, W], found shape ", x.sizes());
+    check_small(op, "scale", scale, {x.size(0), x.size(1)}, x);
+}
+
+void check_noise(const char* op, const Tensor& x, const OptionalTensor& noise, const OptionalTensor& strength) {
+    check_small(op, "strength", strength, {}, x);
+    TORCH_CHECK(noise.has_value() || !strength.has_value(), op, ": expected noise with strength, found None");
+    if (!noise.has_value()) return;
+    const bool fits = noise->dim() == 4 && (noise->size(0) == x.size(0) || noise->size(0) == 1) && noise->size(1) == 1 && noise->size(2) == x.size(2) &&
+                      noise->size(3) == x.size(3);
+    TORCH_CHECK(fits && noise->scalar_type() == acc_type(x), op, ": expected noise [N or 1, 1, H, W] ", acc_type(x), " for features ", x.sizes(), " ",
+                x.scalar_type(), ", found ", noise->sizes(), " ", noise->scalar_type());
+}
+
+// A tensor of the shape and dtype of dy, in layout l. It may be missing only if it is not needed.
+OptionalTensor operand(const char* op, const char* name, const OptionalTensor& t, const Tensor& dy, const Layout& l, bool needed) {
+    TORCH_CHECK(t.has_value() || !needed, op, ": expected ", name, ", found None");
+    if (!t.has_value()) return t;
+    check_same(op, name, *t, "dy", dy);
+    return t->contiguous(l.format);
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->contiguous()) : t; }
+
+template <typename A>
+A value_or_one(const OptionalTensor& t) { return t.has_value() ? *t->const_data_ptr<A>() : A(1); }
+
+// The slope is the same on both sides and nothing is clamped: y is not needed.
+bool is_linear(double alpha, double clamp) { return alpha == 1 && clamp < 0; }
+
+Tensor epilogue(const Tensor& x_any, const OptionalTensor& scale_any, const OptionalTensor& noise_any, const OptionalTensor& strength,
+                const OptionalTensor& b_any, double alpha, double gain, double clamp) {
+    check_args("epilogue", "x", x_any, scale_any);
+    check_noise("epilogue", x_any, noise_any, strength);
+    check_small("epilogue", "b", b_any, {x_any.size(1)}, x_any);
+    const Layout l(x_any);
+    const Tensor x = x_any.contiguous(l.format), y = at::empty(x.sizes(), x.options(), l.format);
+    const OptionalTensor scale = contiguous(scale_any), noise = contiguous(noise_any), b = contiguous(b_any);
+    M2M_DISPATCH(x, "epilogue", [&] {
+        using A = acc_t<scalar_t>;
+        const scalar_t* x_data = x.const_data_ptr<scalar_t>();
+        scalar_t* y_data = y.mutable_data_ptr<scalar_t>();
+        const A* noise_data = data_or_null<A>(noise);
+        const int64_t noise_step = noise.has_value() && noise->size(0) > 1 ? l.pixels : 0;
+        const A factor = value_or_one<A>(strength), slope = static_cast<A>(alpha), gain_a = static_cast<A>(gain), limit = limit_of<A>(clamp);
+        l.for_tasks([&](int64_t begin, int64_t end) {
+            Tile<A> scales(l, scale, 1), biases(l, b, 0);
+            std::vector<A> noisy(noise_data ? l.row() : 0);
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t n = task / l.chunks;
+                for (int64_t plane = 0; plane < l.planes; ++plane) {
+                    const A *scale_row = scales.get(n, plane), *bias_row = biases.get(n, plane);
+                    const auto row = [&](int64_t start, int64_t pixel, int64_t count) {
+                        if (noise_data) add_noise(noisy.data(), bias_row, noise_data + n * noise_step + pixel, factor, count, l.neighbours);
+                        forward_row(y_data + start, x_data + start, scale_row, noise_data ? noisy.data() : bias_row, slope, gain_a, limit,
+                                    count * l.neighbours);
+                    };
+                    l.for_rows(task, plane, row, [] {});
+                }
+            }
+        });
+    });
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& dy_any, const OptionalTensor& x_any, const OptionalTensor& y_any,
+                                                                 const OptionalTensor& scale_any, const OptionalTensor& noise_any,
+                                                                 const OptionalTensor& strength, double alpha, double gain, double clamp,
+                                                                 std::array<bool, 5> mask) {
+    constexpr const char* op = "epilogue_grad";
+    const bool want_x = mask[0], want_scale = mask[1], want_noise = mask[2], want_strength = mask[3], want_b = mask[4];
+    const bool sum_pixels = want_noise || want_strength;
+    check_args(op, "dy", dy_any, scale_any);
+    check_noise(op, dy_any, noise_any, strength);
+    TORCH_CHECK(noise_any.has_value() || !sum_pixels, op, ": expected noise, whose or whose strength's gradient is asked for, found None");
+    const Layout l(dy_any);
+    const Tensor dy = dy_any.contiguous(l.format);
+    const OptionalTensor x = operand(op, "x", x_any, dy, l, want_scale), y = operand(op, "y", y_any, dy, l, !is_linear(alpha, clamp));
+    const OptionalTensor scale = contiguous(scale_any), noise = contiguous(noise_any);
+
+    const auto small = dy.options().dtype(acc_type(dy));
+    const Tensor dx = want_x ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
+    const Tensor dscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), small);
+    const Tensor dnoise = want_noise ? at::empty(noise->sizes(), small) : at::empty({0}, small);
+    const Tensor dstrength = want_strength ? at::empty({}, small) : at::empty({0}, small);
+    const Tensor db = at::empty({want_b ? l.channels : 0}, small);
+
+    std::vector<double> totals_g(l.samples * l.chunks * l.channels), totals_gx(want_scale ? totals_g.size() : 0);
+    std::vector<double> pixel_sums(sum_pixels ? l.samples * l.pixels : 0);
+    M2M_DISPATCH(dy, op, [&] {
+        using A = acc_t<scalar_t>;
+        const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
+        const scalar_t* y_data = y.has_value() ? y->const_data_ptr<scalar_t>() : dy_data;  // If it is not needed, any number will do.
+        scalar_t* dx_data = dx.mutable_data_ptr<scalar_t>();
+        const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
+        const auto one_row = want_scale ? (sum_pixels ? grad_row<true, true, scalar_t, A> : grad_row<true, false, scalar_t, A>)
+                                        : (sum_pixels ? grad_row<false, true, scalar_t, A> : grad_row<false, false, scalar_t, A>);
+        l.for_tasks([&](int64_t begin, int64_t end) {
+            Tile<A> scales(l, scale, 1);
+            Sums<A> sum_g(l, totals_g), sum_gx(l, totals_gx);
+            std::vector<A> g(l.row());
+            std::vector<scalar_t> unwanted(l.row());
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t n = task / l.chunks;
+                for (int64_t plane = 0; plane < l.planes; ++plane) {
+                    const A* scale_row = scales.get(n, plane);
+                    const auto row = [&](int64_t start, int64_t pixel, int64_t count) {
+                        one_row(want_x ? dx_data + start : unwanted.data(), sum_g.row.data(), sum_gx.row.data(), g.data(), dy_data + start, y_data + start,
+                                want_scale ? x_data + start : nullptr, scale_row, slope, count * l.neighbours);
+                        if (sum_pixels) add_pixels(pixel_sums.data() + n * l.pixels + pixel, g.data(), count, l.neighbours);
+                    };
+                    l.for_rows(task, plane, row, [&] {
+                        sum_g.fold(task, plane);
+                        if (want_scale) sum_gx.fold(task, plane);
+                    });
+                }
+            }
+        });
+        if (want_scale) reduce<A>(totals_gx, l.samples, l.channels, dscale);
+        if (want_b) reduce<A>(totals_g, 1, l.channels, db);
+        if (sum_pixels) {
+            const bool per_sample = noise->size(0) > 1;
+            const A *noise_data = noise->const_data_ptr<A>(), factor = value_or_one<A>(strength);
+            double sum = 0;
+            for (int64_t i = 0; i < l.samples * l.pixels; ++i) sum += pixel_sums[i] * noise_data[per_sample ? i : i % l.pixels];
+            if (want_strength) *dstrength.mutable_data_ptr<A>() = static_cast<A>(sum);
+            if (want_noise && !per_sample)
+                for (int64_t i = l.pixels; i < l.samples * l.pixels; ++i) pixel_sums[i % l.pixels] += pixel_sums[i];
+            if (want_noise)
+                for (int64_t i = 0; i < noise->numel(); ++i) dnoise.mutable_data_ptr<A>()[i] = static_cast<A>(factor * pixel_sums[i]);
+        }
+    });
+    return {dx, dscale, dnoise, dstrength, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const OptionalTensor& ddscale_any, const Tensor& dy_any,
+                                                  const OptionalTensor& x_any, const OptionalTensor& y_any, const OptionalTensor& scale_any, double alpha,
+                                                  double gain, double clamp, std::array<bool, 3> mask) {
+    constexpr const char* op = "epilogue_grad2";
+    const bool want_dy = mask[0], want_x = mask[1], want_scale = mask[2];
+    check_args(op, "dy", dy_any, scale_any);
+    check_small(op, "ddscale", ddscale_any, {dy_any.size(0), dy_any.size(1)}, dy_any);
+    TORCH_CHECK(ddscale_any.has_value() || !want_x, op, ": expected ddscale for the gradient of x, found None");
+    const Layout l(dy_any);
+    const bool with_x = ddscale_any.has_value();
+    check_same(op, "ddx", ddx_any, "dy", dy_any);
+    const Tensor dy = dy_any.contiguous(l.format), ddx = ddx_any.contiguous(l.format);
+    const OptionalTensor x = operand(op, "x", x_any, dy, l, with_x), y = operand(op, "y", y_any, dy, l, !is_linear(alpha, clamp));
+    const OptionalTensor scale = contiguous(scale_any), ddscale = contiguous(ddscale_any);
+
+    const Tensor gdy = want_dy ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
+    const Tensor gx = want_x ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
+    const Tensor gscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), dy.options().dtype(acc_type(dy)));
+
+    std::vector<double> totals(l.samples * l.chunks * l.channels);
+    M2M_DISPATCH(dy, op, [&] {
+        using A = acc_t<scalar_t>;
+        const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *ddx_data = ddx.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
+        const scalar_t* y_data = y.has_value() ? y->const_data_ptr<scalar_t>() : dy_data;
+        scalar_t *gdy_data = gdy.mutable_data_ptr<scalar_t>(), *gx_data = gx.mutable_data_ptr<scalar_t>();
+        const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
+        const auto one_row = with_x ? grad2_row<true, scalar_t, A> : grad2_row<false, scalar_t, A>;
+        l.for_tasks([&](int64_t begin, int64_t end) {
+            Tile<A> scales(l, scale, 1), ddscales(l, ddscale, 0);
+            Sums<A> sums(l, totals);
+            std::vector<scalar_t> unwanted_dy(l.row()), unwanted_x(l.row());
+            for (int64_t task = begin; task < end; ++task) {
+                for (int64_t plane = 0; plane < l.planes; ++plane) {
+                    const A *scale_row = scales.get(task / l.chunks, plane), *ddscale_row = ddscales.get(task / l.chunks, plane);
+                    const auto row = [&](int64_t start, int64_t, int64_t count) {
+                        one_row(want_dy ? gdy_data + start : unwanted_dy.data(), want_x ? gx_data + start : unwanted_x.data(), sums.row.data(),
+                                ddx_data + start, dy_data + start, y_data + start, with_x ? x_data + start : nullptr, scale_row, ddscale_row, slope,
+                                count * l.neighbours);
+                    };
+                    l.for_rows(task, plane, row, [&] { sums.fold(task, plane); });
+                }
+            }
+        });
+        if (want_scale) reduce<A>(totals, l.samples, l.channels, gscale);
+    });
+    return {gdy, gx, gscale};
+}
+
+TORCH_LIBRARY_IMPL(m2m_stylegan, CPU, m) {
+    m.impl("epilogue", epilogue);
+    m.impl("epilogue_grad", epilogue_grad);
+    m.impl("epilogue_grad2", epilogue_grad2);
+}
+
+}  // namespace
+}  // namespace m2m_stylegan

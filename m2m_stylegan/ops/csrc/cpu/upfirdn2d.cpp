@@ -1,0 +1,288 @@
+// upfirdn2d: zero insertion, padding or cropping, FIR filter, decimation, each channel by itself. Polyphase: inserted zeros are never touched.
+//
+// Every output row is made of weighted sums of long runs of memory. A filter that is an outer product takes two steps: the input rows are summed into
+// one padded row, and shifted copies of that row are summed into the output. Otherwise all taps of all rows are summed at once.
+#include "common.h"
+
+namespace m2m_stylegan {
+namespace {
+
+constexpr int64_t kFewNeighbours = 8;  // With fewer values per pixel, inner loops over one pixel do not pay.
+
+struct Axis {
+    int64_t in, out, up, down, pad, taps;
+
+    // First tap that meets a sample for output o, and that sample; the next ones are `up` taps and one sample further on.
+    int64_t first_tap(int64_t o) const {
+        const int64_t remainder = (pad - o * down) % up;
+        return remainder < 0 ? remainder + up : remainder;
+    }
+    int64_t first_sample(int64_t o) const { return (o * down - pad + first_tap(o)) / up; }
+    int64_t taps_from(int64_t tap) const { return (taps - tap + up - 1) / up; }
+};
+
+// The filter as a correlation, gain included. rows[i] are the taps of filter row i; an outer product has one row, and `column` beside it.
+struct Filter {
+    bool separable;
+    std::vector<double> column;
+    std::vector<std::vector<double>> rows;
+
+    Filter(const Tensor& f, bool flip, double gain) : column(f.size(0), 1.0), rows(f.size(0), std::vector<double>(f.size(1))) {
+        const Tensor taps = f.to(at::kDouble).contiguous();
+        const int64_t height = f.size(0), width = f.size(1);
+        int64_t py = 0, px = 0;  // of the largest tap
+        for (int64_t y = 0; y < height; ++y) {
+            for (int64_t x = 0; x < width; ++x) {
+                rows[y][x] = gain * taps.const_data_ptr<double>()[flip ? y * width + x : (height - 1 - y) * width + width - 1 - x];
+                if (std::abs(rows[y][x]) > std::abs(rows[py][px])) py = y, px = x;
+            }
+        }
+        const double pivot = rows[py][px];
+        separable = std::isfinite(pivot) && pivot != 0;
+        for (int64_t y = 0; y < height; ++y) {
+            for (int64_t x = 0; x < width; ++x) {
+                const double a = rows[y][x] * pivot, b = rows[y][px] * rows[py][x];
+                separable = separable && std::abs(a - b) <= 4 * std::numeric_limits<double>::epsilon() * std::abs(a);
+            }
+        }
+        if (!separable) return;
+        for (int64_t y = 0; y < height; ++y) column[y] = rows[y][px] / pivot;
+        rows = {std::vector<double>(rows[py])};
+    }
+};
+
+// Runs of memory and their weights.
+template <typename S, typename A>
+struct Terms {
+    std::vector<const S*> runs;
+    std::vector<A> weights;
+
+    void clear() { runs.clear(), weights.clear(); }
+    void add(const S* run, double weight) { runs.push_back(run), weights.push_back(static_cast<A>(weight)); }
+};
+
+template <int n, typename D, typename S, typename A>
+void sum_few(D* __restrict out, const S* const* runs, const A* weights, int64_t shift, int64_t count) {
+    const S* run[n];
+    A weight[n];
+    for (int i = 0; i < n; ++i) run[i] = runs[i] + shift, weight[i] = weights[i];
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+        A sum = weight[0] * static_cast<A>(run[0][k]);
+        for (int i = 1; i < n; ++i) sum += weight[i] * static_cast<A>(run[i][k]);
+        out[k] = static_cast<D>(sum);
+    }
+}
+
+template <typename D, typename S, typename A>
+void sum_many(D* __restrict out, const S* const* runs, const A* weights, int64_t n, int64_t shift, int64_t count) {
+    constexpr int64_t kBlock = 64;
+    for (int64_t start = 0; start < count; start += kBlock) {
+        const int64_t size = std::min(kBlock, count - start);
+        A sum[kBlock] = {};
+        for (int64_t i = 0; i < n; ++i) {
+            const S* run = runs[i] + shift + start;
+            const A weight = weights[i];
+#pragma omp simd
+            for (int64_t k = 0; k < size; ++k) sum[k] += weight * static_cast<A>(run[k]);
+        }
+        for (int64_t k = 0; k < size; ++k) out[start + k] = static_cast<D>(sum[k]);
+    }
+}
+
+// out[p * out_step + k] = sum_i weights[i] * runs[i][p * step + k] for p < pixels, k < count.
+template <typename D, typename S, typename A>
+void weighted_sum(D* out, int64_t out_step, const Terms<S, A>& terms, int64_t step, int64_t pixels, int64_t count) {
+    const S* const* runs = terms.runs.data();
+    const A* weights = terms.weights.data();
+    const int64_t n = static_cast<int64_t>(terms.runs.size());
+    for (int64_t p = 0; p < pixels; ++p, out += out_step) {
+        switch (n) {
+            case 0: std::fill_n(out, count, D(0)); break;
+            case 1: sum_few<1>(out, runs, weights, p * step, count); break;
+            case 2: sum_few<2>(out, runs, weights, p * step, count); break;
+            case 3: sum_few<3>(out, runs, weights, p * step, count); break;
+            case 4: sum_few<4>(out, runs, weights, p * step, count); break;
+            default: sum_many(out, runs, weights, n, p * step, count);
+        }
+    }
+}
+
+// Pixels of `size` values dealt to `parts` runs in turn, or the other way round if `join`.
+template <int parts, int size, bool join, typename T>
+void deal_fixed(T* __restrict packed, T* __restrict dealt, int64_t dealt_step, int64_t pixels) {
+    const int64_t rounds = pixels / parts;
+    for (int64_t q = 0; q < rounds; ++q) {
+        for (int i = 0; i < parts; ++i) {
+            for (int k = 0; k < size; ++k) {
+                T &a = packed[(q * parts + i) * size + k], &b = dealt[i * dealt_step + q * size + k];
+                join ? a = b : b = a;
+            }
+        }
+    }
+    for (int64_t p = rounds * parts; p < pixels; ++p) {
+        for (int k = 0; k < size; ++k) {
+            T &a = packed[p * size + k], &b = dealt[p % parts * dealt_step + rounds * size + k];
+            join ? a = b : b = a;
+        }
+    }
+}
+
+template <bool join, typename T>
+void deal(T* packed, T* dealt, int64_t dealt_step, int64_t pixels, int64_t parts, int64_t size) {
+    if (parts == 2 && size == 1) return deal_fixed<2, 1, join>(packed, dealt, dealt_step, pixels);
+    if (parts == 2 && size == 3) return deal_fixed<2, 3, join>(packed, dealt, dealt_step, pixels);
+    for (int64_t p = 0; p < pixels; ++p) {
+        T *a = packed + p * size, *b = dealt + p % parts * dealt_step + p / parts * size;
+        join ? std::copy_n(b, size, a) : std::copy_n(a, size, b);
+    }
+}
+
+// What is the same for all rows. Samples `first` to `first + width` of a row, where there are any, are all that its outputs depend on.
+struct Plan {
+    Axis x, y;
+    Filter filter;
+    int64_t size;               // values per pixel that lie together: C in channels-last, 1 in contiguous memory
+    int64_t first, width;
+    bool whole_rows;            // inner loops run over whole rows, not over single pixels
+    bool dealt;                 // every down-th sample is brought together for that
+    int64_t part_step;          // distance of the parts that the samples are dealt to
+
+    Plan(Axis x_axis, Axis y_axis, Filter f, int64_t values) : x(x_axis), y(y_axis), filter(std::move(f)), size(values) {
+        int64_t last = std::numeric_limits<int64_t>::min();
+        first = std::numeric_limits<int64_t>::max();
+        for (int64_t r = 0; r < std::min(x.up, x.out); ++r) {
+            const int64_t taps = x.taps_from(x.first_tap(r));
+            if (taps <= 0) continue;
+            first = std::min(first, x.first_sample(r));
+            last = std::max(last, x.first_sample(r) + (outputs(r) - 1) * x.down + taps - 1);
+        }
+        width = last < first ? 0 : last - first + 1;
+        whole_rows = (x.up == 1 && x.down == 1) || size < kFewNeighbours;
+        dealt = whole_rows && x.down > 1;
+        part_step = (width + x.down - 1) / x.down * size;
+    }
+
+    // Outputs r, r + up, r + 2 up, ... see the same taps.
+    int64_t outputs(int64_t r) const { return (x.out - r + x.up - 1) / x.up; }
+    int64_t row_size() const { return dealt ? part_step * x.down : width * size; }
+    int64_t max_rows() const { return filter.separable ? 1 : y.taps_from(0); }
+    // Where sample first + i, and every down-th after it, is found in a padded row.
+    int64_t place(int64_t i) const { return dealt ? i % x.down * part_step + i / x.down * size : i * size; }
+};
+
+// Makes output rows, with buffers of its own.
+template <typename T>
+class RowFilter {
+    using A = acc_t<T>;
+
+public:
+    explicit RowFilter(const Plan& plan)
+        : p(plan), padded(p.max_rows() * p.row_size(), A(0)), packed(p.dealt ? p.width * p.size : 0, A(0)), used(p.max_rows()), phases(p.x.up),
+          joined(p.whole_rows && p.x.up > 1 ? p.x.up * p.outputs(0) * p.size : 0) {
+        if (p.filter.separable) set_phases(1);
+    }
+
+    // Output row `o` of the plane of which `in` is the first row.
+    void operator()(T* out, const T* in, int64_t row_stride, int64_t o) {
+        const int64_t begin = std::max<int64_t>(p.first, 0), end = std::min(p.first + p.width, p.x.in);
+        column.clear();
+        int64_t rows = 0, sample = p.y.first_sample(o);
+        for (int64_t tap = p.y.first_tap(o); tap < p.y.taps; tap += p.y.up, ++sample) {
+            if (sample < 0 || sample >= p.y.in || begin >= end) continue;
+            column.add(in + sample * row_stride + begin * p.size, p.filter.column[tap]);
+            if (!p.filter.separable) {
+                fill(rows, begin, end);
+                column.clear();
+                used[rows++] = tap;
+            }
+        }
+        if (p.filter.separable && !column.runs.empty()) fill(rows++, begin, end);
+        if (rows == 0) {
+            std::fill_n(out, p.x.out * p.size, T(0));
+            return;
+        }
+        if (!p.filter.separable) set_phases(rows);
+        for (int64_t r = 0; r < std::min(p.x.up, p.x.out); ++r) {
+            const int64_t outputs = p.outputs(r);
+            if (!p.whole_rows) {
+                weighted_sum(out + r * p.size, p.x.up * p.size, phases[r], p.x.down * p.size, outputs, p.size);
+            } else {
+                weighted_sum(p.x.up == 1 ? out : joined.data() + r * p.outputs(0) * p.size, 0, phases[r], 0, 1, outputs * p.size);
+            }
+        }
+        if (p.whole_rows && p.x.up > 1) deal<true>(out, joined.data(), p.outputs(0) * p.size, p.x.out, p.x.up, p.size);
+    }
+
+private:
+    // The sum of the column's terms becomes padded row `row`.
+    void fill(int64_t row, int64_t begin, int64_t end) {
+        A* target = p.dealt ? packed.data() : padded.data() + row * p.row_size();
+        weighted_sum(target + (begin - p.first) * p.size, 0, column, 0, 1, (end - begin) * p.size);
+        if (p.dealt) deal<false>(target, padded.data() + row * p.row_size(), p.part_step, p.width, p.x.down, p.size);
+    }
+
+    // The terms of the outputs in padded rows.
+    void set_phases(int64_t rows) {
+        for (int64_t r = 0; r < p.x.up; ++r) {
+            phases[r].clear();
+            for (int64_t row = 0; row < rows; ++row) {
+                int64_t sample = p.x.first_sample(r) - p.first;
+                for (int64_t tap = p.x.first_tap(r); tap < p.x.taps; tap += p.x.up, ++sample)
+                    phases[r].add(padded.data() + row * p.row_size() + p.place(sample), p.filter.rows[used[row]][tap]);
+            }
+        }
+    }
+
+    const Plan& p;
+    std::vector<A> padded, packed;
+    std::vector<int64_t> used;             // filter rows that the padded rows belong to
+    Terms<T, A> column;
+    std::vector<Terms<A, A>> phases;
+    std::vector<T> joined;
+};
+
+Axis make_axis(int64_t in, int64_t up, int64_t down, int64_t pad0, int64_t pad1, int64_t taps) {
+    const int64_t padded = in * up + pad0 + pad1;
+    return {in, padded < taps ? 0 : (padded - taps) / down + 1, up, down, pad0, taps};
+}
+
+Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy, int64_t downx, int64_t downy, int64_t padx0, int64_t padx1, int64_t pady0,
+                 int64_t pady1, bool flip, double gain) {
+    TORCH_CHECK(x_any.dim() == 4, "upfirdn2d: expected x [N, C, H, W], found shape ", x_any.sizes());
+    TORCH_CHECK(f.dim() == 2 && f.numel() > 0 && (f.scalar_type() == at::kFloat || f.scalar_type() == at::kDouble),
+                "upfirdn2d: expected a filter [taps_y, taps_x] Float or Double, found ", f.sizes(), " ", f.scalar_type());
+    TORCH_CHECK(upx >= 1 && upy >= 1 && downx >= 1 && downy >= 1, "upfirdn2d: expected up and down of at least 1, found up (x, y) = (", upx, ", ", upy,
+                "), down (x, y) = (", downx, ", ", downy, ")");
+    const Axis ax = make_axis(x_any.size(3), upx, downx, padx0, padx1, f.size(1)), ay = make_axis(x_any.size(2), upy, downy, pady0, pady1, f.size(0));
+    TORCH_CHECK(ax.out > 0 && ay.out > 0, "upfirdn2d: expected a padded input of at least ", f.size(0), " x ", f.size(1),
+                " (height x width), the size of the filter, found ", ay.in * upy + pady0 + pady1, " x ", ax.in * upx + padx0 + padx1);
+
+    const auto format = x_any.suggest_memory_format();
+    const bool channels_last = format == at::MemoryFormat::ChannelsLast;
+    const int64_t channels = x_any.size(1), size = channels_last ? channels : 1, planes = channels_last ? 1 : channels;
+    // Only the pixels of one row must be neighbours: a cropped view needs no copy.
+    const bool rows_are_dense = x_any.stride(3) == size && (!channels_last || x_any.stride(1) == 1);
+    const Tensor x = rows_are_dense ? x_any : x_any.contiguous(format);
+    const Tensor out = at::empty({x.size(0), channels, ay.out, ax.out}, x.options(), format);
+    if (out.numel() == 0) return out;
+    const Plan plan(ax, ay, Filter(f, flip, gain), size);
+    M2M_DISPATCH(x, "upfirdn2d", [&] {
+        const scalar_t* in_data = x.const_data_ptr<scalar_t>();
+        scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
+        parallel(x.size(0) * planes * ay.out, ax.out * size, [&](int64_t begin, int64_t end) {
+            RowFilter<scalar_t> filter(plan);
+            for (int64_t row = begin; row < end; ++row) {
+                const int64_t plane = row / ay.out;
+                const scalar_t* in = in_data + plane / planes * x.stride(0) + plane % planes * x.stride(1);
+                filter(out_data + row * ax.out * size, in, x.stride(2), row % ay.out);
+            }
+        });
+    });
+    return out;
+}
+
+TORCH_LIBRARY_IMPL(m2m_stylegan, CPU, m) { m.impl("upfirdn2d", upfirdn2d); }
+
+}  // namespace
+}  // namespace m2m_stylegan
