@@ -1,12 +1,16 @@
-"""Cost of a training step, high-res against full, in one run: `python benchmarks/steps.py --resolution=64 --cbase=2048 --cmax=64`."""
+"""Cost of a training step: full training with the compiled and with the plain operators, high-res against full, in one run.
+
+    python benchmarks/steps.py --resolution=64 --cbase=2048 --cmax=64
+"""
 
 import time
 
 import click
 import torch
 
-from m2m_stylegan import bank, networks, phases, slicing
+from m2m_stylegan import bank, networks, ops, phases, slicing
 from m2m_stylegan.features import ResidentFeatures, TensorSpec
+from m2m_stylegan.ops import build
 
 
 def seconds_per_image(game: phases.Game, params: dict[str, list], batch: int, real: phases.Batch, repeats: int) -> float:
@@ -32,8 +36,9 @@ def seconds_per_image(game: phases.Game, params: dict[str, list], batch: int, re
 @click.option('--dim', type=int, default=128, help='z_dim and w_dim')
 @click.option('--batch', type=int, default=8)
 @click.option('--repeats', type=int, default=5)
-def main(resolution, cbase, cmax, dim, batch, repeats):
-    """Print milliseconds per image of full training and of high-res training at every slice, and their ratio."""
+@click.option('--ops-only', is_flag=True, help='Full training only')
+def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
+    """Print milliseconds per image of full training, compiled and plain, and of high-res training at every slice, and their ratio."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     size = {'channel_base': cbase, 'channel_max': cmax}
     G = networks.Generator(dim, 0, dim, resolution, 3, mapping_kwargs={'num_layers': 2}, synthesis_kwargs=size).to(device).requires_grad_(False)
@@ -43,11 +48,21 @@ def main(resolution, cbase, cmax, dim, batch, repeats):
     def game(source):
         return phases.Game(source, D, lambda img: img, phases.LossOptions(), lambda name, value: None, device)
 
-    full = seconds_per_image(game(phases.LatentSource(G, 0.9, {})), {'G': [*G.parameters()], 'D': [*D.parameters()]}, batch, real, repeats)
+    def full_step():
+        return seconds_per_image(game(phases.LatentSource(G, 0.9, {})), {'G': [*G.parameters()], 'D': [*D.parameters()]}, batch, real, repeats)
+
+    state = ops.prepare(device.type).state
+    full = full_step()
     name = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    click.echo(f'torch {torch.__version__}, {name}, {resolution} px, batch {batch}\n{"train":<20}{"ms/image":>10}{"full / this":>13}')
+    click.echo(f'torch {torch.__version__}, {name}, {resolution} px, batch {batch}, operators: {state}')
+    click.echo(f'{"train":<20}{"ms/image":>10}{"full / this":>13}')
     click.echo(f'{"full":<20}{full * 1000:>10.1f}{1:>13.2f}')
-    for res in slicing.slice_resolutions(resolution)[:-1]:
+    if state == 'compiled':
+        build._READY[device.type] = False
+        plain = full_step()
+        build._READY[device.type] = True
+        click.echo(f'{"full, plain ops":<20}{plain * 1000:>10.1f}{full / plain:>13.2f}')
+    for res in [] if ops_only else slicing.slice_resolutions(resolution)[:-1]:
         chunk = bank.make_chunk(G, res, lambda chunk, num: torch.zeros([num, 0], device=device), 0, 0, 0.9, torch.float16)
         specs = {key: TensorSpec(tuple(value.shape[1:]), value.dtype) for key, value in chunk.items()}
         the_bank = bank.Bank(ResidentFeatures(specs, bank.CHUNK_ITEMS, device, chunk), None)

@@ -36,11 +36,16 @@ def _stand_in(name: str, **attributes) -> None:
         vars(sys.modules[name]).update(attributes)
 
 
-def main(checkout: str, *words: str) -> None:
+def prepare(checkout: str) -> None:
+    """Make the modules of the checkout importable, and what they would miss."""
     _stand_in('requests')
     _stand_in('pkg_resources', parse_version=lambda text: tuple(int(part) for part in text.split('+')[0].split('.')[:2]))
     torch.device = _Device
     sys.path.insert(0, checkout)
+
+
+def main(checkout: str, *words: str) -> None:
+    prepare(checkout)
     for is_separator, command in itertools.groupby(words, lambda word: word == '--'):
         if not is_separator:
             sys.argv = list(command)
