@@ -28,7 +28,7 @@ from m2m_stylegan.files import default_cache_dir
 
 CSRC = Path(__file__).parent / 'csrc'
 MODES = ('auto', 'cpu', 'cuda', 'ref')
-CPU_FLAGS = ['-O3', '-march=native', '-fno-math-errno']
+CPU_FLAGS = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math']
 CUDA_FLAGS = ['-O3', '--expt-relaxed-constexpr']
 ERROR_LINES = 5  # of the compiler's output are shown
 

@@ -171,7 +171,7 @@ def _slope(y, like, alpha, gain, clamp):
     if y is None:
         return torch.full_like(like, gain)
     r = torch.where(y > 0, y.new_full([], gain), y.new_full([], gain * alpha))  # Python numbers would be rounded to float32
-    return r if clamp < 0 else torch.where(y.abs() < clamp, r, 0.0)
+    return r if clamp < 0 else torch.where(y.abs() < y.new_full([], clamp), r, 0.0)  # the limit rounded as y is
 
 
 def _epilogue_grad_backward(ctx, ddx, ddscale, ddnoise, ddstrength, ddb):

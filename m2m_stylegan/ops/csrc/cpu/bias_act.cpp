@@ -12,8 +12,8 @@ constexpr int64_t kBlock = 1024;  // elements handled at a time: fits into the f
 // Indices of ops/reference.py ACTIVATIONS.
 enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish, kActs };
 
-// exp(x) = scale * (1 + rest): scale is a power of two and rest = exp(r) - 1 for |r| <= ln(2) / 2. Written out because the C library's functions are not
-// vectorised. Good to a few units in the last place; results below the normal range are zero.
+// exp(x) = scale * (1 + rest): scale is a power of two and rest = exp(r) - 1 for |r| <= ln(2) / 2. Written out because the C library's functions
+// are not vectorised. Good to a few units in the last place; results below the normal range are zero.
 template <typename A>
 struct Exp {
     static constexpr bool kDouble = std::is_same_v<A, double>;
@@ -133,7 +133,8 @@ void rectify_grad(A* __restrict out, const A* __restrict y, const A*, const A* _
 }
 
 template <typename A, typename F, int order>
-void smooth(A* __restrict out, const A* __restrict x, const A* __restrict b, const A* __restrict dy, const A* __restrict ddx, int64_t count, Scalars<A> k) {
+void smooth(A* __restrict out, const A* __restrict x, const A* __restrict b, const A* __restrict dy, const A* __restrict ddx, int64_t count,
+            Scalars<A> k) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
         const Jet<A> f = F::at(x[i] + b[i]);
@@ -160,18 +161,6 @@ Block<A> block_of(int64_t act) {
     }
 }
 
-// `count` elements as A: where they are if T is A, else converted into `buffer`. source may be null.
-template <typename T, typename A>
-const A* load(const T* source, int64_t start, int64_t count, A* buffer) {
-    if (source == nullptr) return nullptr;
-    if constexpr (std::is_same_v<T, A>) {
-        return source + start;
-    } else {
-        for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<A>(source[start + i]);
-        return buffer;
-    }
-}
-
 struct Operands {
     Tensor out, x;  // all of one dense layout; x is y for rectify_grad
     OptionalTensor dy, ddx, b;
@@ -179,10 +168,10 @@ struct Operands {
 };
 
 // Runs `block` over dense memory, whatever the order of its dimensions: the bias of element i is b[i / inner % channels].
-template <typename T, typename A>
+template <typename A>
 void for_blocks(const Operands& op, Block<A> block, Scalars<A> k) {
-    const T *x = op.x.const_data_ptr<T>(), *dy = data_or_null<T>(op.dy), *ddx = data_or_null<T>(op.ddx), *b = data_or_null<T>(op.b);
-    T* out = op.out.mutable_data_ptr<T>();
+    const A *x = op.x.const_data_ptr<A>(), *dy = data_or_null<A>(op.dy), *ddx = data_or_null<A>(op.ddx), *b = data_or_null<A>(op.b);
+    A* out = op.out.mutable_data_ptr<A>();
     const int64_t numel = op.x.numel();
     if (numel == 0) return;
     const int64_t channels = b ? op.x.size(op.dim) : 1;
@@ -190,93 +179,83 @@ void for_blocks(const Operands& op, Block<A> block, Scalars<A> k) {
     // Rows begin with the same bias (channels are neighbours: one or several pixels), or have one bias each.
     const int64_t row = inner > 1 ? inner : channels * std::max<int64_t>(1, kBlock / channels);
     parallel((numel + row - 1) / row, row, [&](int64_t begin, int64_t end) {
-        std::vector<A> biases(inner > 1 ? std::min(row, kBlock) : row, A(0)), buffers(std::is_same_v<T, A> ? 0 : 4 * kBlock);
+        std::vector<A> biases(inner > 1 ? std::min(row, kBlock) : row, A(0));
         if (inner == 1 && b)
-            for (int64_t i = 0; i < row; ++i) biases[i] = static_cast<A>(b[i % channels]);
+            for (int64_t i = 0; i < row; ++i) biases[i] = b[i % channels];
         for (int64_t r = begin; r < end; ++r) {
-            if (inner > 1) std::fill(biases.begin(), biases.end(), static_cast<A>(b[r % channels]));
+            if (inner > 1) std::fill(biases.begin(), biases.end(), b[r % channels]);
             const int64_t stop = std::min(numel, (r + 1) * row);
             for (int64_t i = r * row; i < stop; i += kBlock) {
-                const int64_t count = std::min(kBlock, stop - i);
                 const A* block_b = biases.data() + (inner > 1 ? 0 : i - r * row);
-                const A* block_x = load(x, i, count, buffers.data());
-                const A* block_dy = load(dy, i, count, buffers.data() + kBlock);
-                const A* block_ddx = load(ddx, i, count, buffers.data() + 2 * kBlock);
-                if constexpr (std::is_same_v<T, A>) {
-                    block(out + i, block_x, block_b, block_dy, block_ddx, count, k);
-                } else {
-                    A* result = buffers.data() + 3 * kBlock;
-                    block(result, block_x, block_b, block_dy, block_ddx, count, k);
-                    for (int64_t j = 0; j < count; ++j) out[i + j] = static_cast<T>(result[j]);
-                }
+                block(out + i, x + i, block_b, dy ? dy + i : nullptr, ddx ? ddx + i : nullptr, std::min(kBlock, stop - i), k);
             }
         }
     });
 }
 
-Tensor dense(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.clone(); }
+// t as the kernels take it: dense.
+Tensor prepared(const Tensor& t) { return t.is_non_overlapping_and_dense() ? widen(t) : widen(t.clone()); }
 
-// t in the memory layout of `like`, which is dense.
-Tensor in_layout_of(const Tensor& like, const Tensor& t) {
-    bool same = true;
+// t in the memory layout and dtype of `like`, which is prepared.
+Tensor prepared_like(const Tensor& like, const Tensor& t) {
+    bool same = t.scalar_type() == like.scalar_type();
     for (int64_t d = 0; d < t.dim(); ++d) same &= t.size(d) == 1 || t.stride(d) == like.stride(d);
     return same ? t : at::empty_like(like).copy_(t);
 }
 
-void check_args(const char* op, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, int64_t first_act) {
+void check_args(const char* op, const char* name, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, int64_t first_act) {
+    check_dtype(op, name, x);
     TORCH_CHECK(act >= first_act && act < kActs, op, ": expected an activation index from ", first_act, " to ", kActs - 1, ", found ", act);
     if (!b.has_value()) return;
     TORCH_CHECK(dim >= 0 && dim < x.dim(), op, ": expected a dimension of x ", x.sizes(), " for the bias, found ", dim);
-    TORCH_CHECK(b->dim() == 1 && b->size(0) == x.size(dim) && b->scalar_type() == x.scalar_type(), op, ": expected b [", x.size(dim), "] ", x.scalar_type(),
-                " for dimension ", dim, " of x ", x.sizes(), ", found ", b->sizes(), " ", b->scalar_type());
+    TORCH_CHECK(b->dim() == 1 && b->size(0) == x.size(dim) && b->scalar_type() == x.scalar_type(), op, ": expected b [", x.size(dim), "] ",
+                x.scalar_type(), " for dimension ", dim, " of x ", x.sizes(), ", found ", b->sizes(), " ", b->scalar_type());
 }
 
-OptionalTensor contiguous(const OptionalTensor& b) { return b.has_value() ? OptionalTensor(b->contiguous()) : b; }
+// The bias as the kernels take it.
+OptionalTensor prepared(const OptionalTensor& b) { return b.has_value() ? OptionalTensor(widen(*b).contiguous()) : b; }
 
 double slope_of(int64_t act, double alpha) { return act == kLinear ? 1 : act == kRelu ? 0 : alpha; }
 
 Tensor bias_act(const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, double alpha, double gain, double clamp) {
-    check_args("bias_act", x, b, dim, act, 0);
-    const Tensor source = dense(x), y = at::empty_like(source);
+    check_args("bias_act", "x", x, b, dim, act, 0);
+    const Tensor source = prepared(x), y = at::empty_like(source);
     M2M_DISPATCH(x, "bias_act", [&] {
-        using A = acc_t<scalar_t>;
-        for_blocks<scalar_t, A>({y, source, {}, {}, contiguous(b), dim}, block_of<A, 0>(act),
-                                {static_cast<A>(slope_of(act, alpha)), static_cast<A>(gain), limit_of<A>(clamp)});
+        for_blocks<scalar_t>({y, source, {}, {}, prepared(b), dim}, block_of<scalar_t, 0>(act),
+                             {static_cast<scalar_t>(slope_of(act, alpha)), static_cast<scalar_t>(gain), limit_of<scalar_t>(clamp)});
     });
-    return y;
+    return cast(y, x.scalar_type());
 }
 
-Tensor bias_act_grad(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& y, int64_t dim, int64_t act, double alpha,
-                     double gain, double clamp) {
+Tensor bias_act_grad(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& y, int64_t dim, int64_t act,
+                     double alpha, double gain, double clamp) {
     const bool rectifier = act <= kLrelu;
     const OptionalTensor& saved = rectifier ? y : x;
+    const OptionalTensor bias = rectifier ? OptionalTensor() : b;
+    check_args("bias_act_grad", "dy", dy, bias, dim, act, 0);
     TORCH_CHECK(saved.has_value(), "bias_act_grad: expected ", rectifier ? "y" : "x", " for activation ", act, ", found None");
     check_same("bias_act_grad", rectifier ? "y" : "x", *saved, "dy", dy);
     if (rectifier) check_rectifier("bias_act_grad", slope_of(act, alpha), gain);
-    const OptionalTensor bias = rectifier ? OptionalTensor() : contiguous(b);
-    check_args("bias_act_grad", dy, bias, dim, act, 0);
-    const Tensor source = dense(dy), dx = at::empty_like(source);
+    const Tensor source = prepared(dy), dx = at::empty_like(source);
     M2M_DISPATCH(dy, "bias_act_grad", [&] {
-        using A = acc_t<scalar_t>;
-        const A limit = rectifier ? rectifier_slope<scalar_t>(alpha, gain, clamp).limit : limit_of<A>(clamp);
-        for_blocks<scalar_t, A>({dx, in_layout_of(source, *saved), source, {}, bias, dim}, block_of<A, 1>(act),
-                                {static_cast<A>(slope_of(act, alpha)), static_cast<A>(gain), limit});
+        const auto slope = rectifier_slope<scalar_t>(slope_of(act, alpha), gain, clamp, dy.scalar_type());
+        for_blocks<scalar_t>({dx, prepared_like(source, *saved), source, {}, prepared(bias), dim}, block_of<scalar_t, 1>(act),
+                             {static_cast<scalar_t>(slope_of(act, alpha)), slope.positive, rectifier ? slope.limit : limit_of<scalar_t>(clamp)});
     });
-    return dx;
+    return cast(dx, dy.scalar_type());
 }
 
-Tensor bias_act_grad2(const Tensor& ddx, const Tensor& dy, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, double alpha, double gain,
-                      double clamp) {
+Tensor bias_act_grad2(const Tensor& ddx, const Tensor& dy, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, double alpha,
+                      double gain, double clamp) {
+    check_args("bias_act_grad2", "x", x, b, dim, act, kTanh);
     check_same("bias_act_grad2", "dy", dy, "ddx", ddx);
     check_same("bias_act_grad2", "x", x, "ddx", ddx);
-    check_args("bias_act_grad2", x, b, dim, act, kTanh);
-    const Tensor source = dense(ddx), out = at::empty_like(source);
+    const Tensor source = prepared(ddx), out = at::empty_like(source);
     M2M_DISPATCH(x, "bias_act_grad2", [&] {
-        using A = acc_t<scalar_t>;
-        for_blocks<scalar_t, A>({out, in_layout_of(source, x), in_layout_of(source, dy), source, contiguous(b), dim}, block_of<A, 2>(act),
-                                {static_cast<A>(alpha), static_cast<A>(gain), limit_of<A>(clamp)});
+        for_blocks<scalar_t>({out, prepared_like(source, x), prepared_like(source, dy), source, prepared(b), dim}, block_of<scalar_t, 2>(act),
+                             {static_cast<scalar_t>(alpha), static_cast<scalar_t>(gain), limit_of<scalar_t>(clamp)});
     });
-    return out;
+    return cast(out, x.scalar_type());
 }
 
 TORCH_LIBRARY_IMPL(m2m_stylegan, CPU, m) {

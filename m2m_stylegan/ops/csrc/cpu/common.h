@@ -12,7 +12,6 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 namespace m2m_stylegan {
@@ -20,13 +19,13 @@ namespace m2m_stylegan {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Arithmetic runs in double for double and in float for everything else; results are rounded once.
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
+// The dtype of the arithmetic. Half precision is stored but not computed with: on a CPU it is rare, and not worth kernels of its own.
+// Its operands are widened (no copy for the others), and results rounded once.
 inline at::ScalarType acc_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }  // spares the dispatcher
+inline Tensor widen(const Tensor& t) { return cast(t, acc_type(t)); }
 
-#define M2M_DISPATCH(tensor, name, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (tensor).scalar_type(), name, __VA_ARGS__)
+#define M2M_DISPATCH(tensor, name, ...) AT_DISPATCH_FLOATING_TYPES(acc_type(tensor), name, __VA_ARGS__)
 
 // f(begin, end) over [0, tasks), in the calling thread if there are too few elements for waking others to pay.
 template <typename F>
@@ -45,7 +44,7 @@ A clamped(A y, A limit) {
     return y < -limit ? -limit : y;
 }
 
-// leaky ReLU. The product is formed in any case: a compiler must not move arithmetic out of a branch, so a branch is not vectorised.
+// The product is formed in any case: arithmetic inside a branch may trap, which keeps compilers from vectorising it.
 template <typename A>
 A leaky(A x, A alpha) {
     const A negative = alpha * x;
@@ -63,10 +62,12 @@ struct RectifierSlope {
     }
 };
 
-// For y in dtype T: a clamped y has been rounded to it, and so has the limit here.
-template <typename T, typename A = acc_t<T>>
-RectifierSlope<A> rectifier_slope(double alpha, double gain, double clamp) {
-    const A limit = clamp < 0 ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(static_cast<T>(clamp));
+// For y in `dtype`: a clamped y has been rounded to it, and so has the limit here.
+template <typename A>
+RectifierSlope<A> rectifier_slope(double alpha, double gain, double clamp, at::ScalarType dtype) {
+    A limit = clamp < 0 ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(clamp);
+    if (dtype == at::kHalf) limit = static_cast<A>(static_cast<at::Half>(static_cast<float>(limit)));
+    if (dtype == at::kBFloat16) limit = static_cast<A>(static_cast<at::BFloat16>(static_cast<float>(limit)));
     return {static_cast<A>(gain), static_cast<A>(gain * alpha), limit};
 }
 
@@ -78,9 +79,15 @@ inline void check_rectifier(const char* op, double alpha, double gain) {
     TORCH_CHECK(alpha >= 0 && gain > 0, op, ": expected alpha >= 0 and gain > 0, found alpha = ", alpha, ", gain = ", gain);
 }
 
+inline void check_dtype(const char* op, const char* name, const Tensor& t) {
+    const auto dtype = t.scalar_type();
+    TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op, ": expected ", name,
+                " of dtype Float, Double, Half or BFloat16, found ", dtype);
+}
+
 inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-    TORCH_CHECK(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of the shape and dtype of ", like_name, ", ",
-                like.sizes(), " ", like.scalar_type(), ", found ", t.sizes(), " ", t.scalar_type());
+    TORCH_CHECK(t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of the shape and dtype of ",
+                like_name, ", ", like.sizes(), " ", like.scalar_type(), ", found ", t.sizes(), " ", t.scalar_type());
 }
 
 }  // namespace m2m_stylegan

@@ -8,12 +8,12 @@
 namespace m2m_stylegan {
 namespace {
 
-template <typename T, typename A>
-void forward_row(T* __restrict y, const T* __restrict x, const A* __restrict scale, const A* __restrict offset, A alpha, A gain, A limit, int64_t count) {
+template <typename A>
+void forward_row(A* __restrict y, const A* __restrict x, const A* __restrict scale, const A* __restrict offset, A alpha, A gain, A limit,
+                 int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const A t = static_cast<A>(x[i]) * scale[i] + offset[i];
-        y[i] = static_cast<T>(clamped(gain * leaky(t, alpha), limit));
+        y[i] = clamped(gain * leaky(x[i] * scale[i] + offset[i], alpha), limit);
     }
 }
 
@@ -31,15 +31,15 @@ void add_noise(A* __restrict out, const A* __restrict bias, const A* __restrict 
 }
 
 // g = dy * slope, and all that is summed or made of it; `g` is kept for the noise.
-template <bool with_x, bool with_noise, typename T, typename A>
-void grad_row(T* __restrict dx, A* __restrict sum_g, A* __restrict sum_gx, A* __restrict g, const T* dy, const T* y, const T* __restrict x,
+template <bool with_x, bool with_noise, typename A>
+void grad_row(A* __restrict dx, A* __restrict sum_g, A* __restrict sum_gx, A* __restrict g, const A* dy, const A* y, const A* __restrict x,
               const A* __restrict scale, RectifierSlope<A> slope, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const A value = static_cast<A>(dy[i]) * slope(static_cast<A>(y[i]));
-        dx[i] = static_cast<T>(value * scale[i]);
+        const A value = dy[i] * slope(y[i]);
+        dx[i] = value * scale[i];
         sum_g[i] += value;
-        if constexpr (with_x) sum_gx[i] += value * static_cast<A>(x[i]);
+        if constexpr (with_x) sum_gx[i] += value * x[i];
         if constexpr (with_noise) g[i] = value;
     }
 }
@@ -59,17 +59,17 @@ void add_pixels(double* __restrict sums, const A* __restrict g, int64_t pixels, 
     }
 }
 
-template <bool with_x, typename T, typename A>
-void grad2_row(T* __restrict gdy, T* __restrict gx, A* __restrict sum, const T* __restrict ddx, const T* dy, const T* y, const T* __restrict x,
+template <bool with_x, typename A>
+void grad2_row(A* __restrict gdy, A* __restrict gx, A* __restrict sum, const A* __restrict ddx, const A* dy, const A* y, const A* __restrict x,
                const A* __restrict scale, const A* __restrict ddscale, RectifierSlope<A> slope, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const A r = slope(static_cast<A>(y[i])), g = static_cast<A>(dy[i]) * r, v = static_cast<A>(ddx[i]);
+        const A r = slope(y[i]), g = dy[i] * r, v = ddx[i];
         if constexpr (with_x) {
-            gdy[i] = static_cast<T>(r * (v * scale[i] + ddscale[i] * static_cast<A>(x[i])));
-            gx[i] = static_cast<T>(g * ddscale[i]);
+            gdy[i] = r * (v * scale[i] + ddscale[i] * x[i]);
+            gx[i] = g * ddscale[i];
         } else {
-            gdy[i] = static_cast<T>(r * (v * scale[i]));
+            gdy[i] = r * (v * scale[i]);
         }
         sum[i] += g * v;
     }
@@ -77,12 +77,13 @@ void grad2_row(T* __restrict gdy, T* __restrict gx, A* __restrict sum, const T* 
 
 void check_small(const char* op, const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x) {
     if (!t.has_value()) return;
-    TORCH_CHECK(t->sizes() == shape && t->scalar_type() == acc_type(x), op, ": expected ", name, " ", shape, " ", acc_type(x), " for features ", x.sizes(),
-                " ", x.scalar_type(), ", found ", t->sizes(), " ", t->scalar_type());
+    TORCH_CHECK(t->sizes() == shape && t->scalar_type() == acc_type(x), op, ": expected ", name, " ", shape, " ", acc_type(x), " for features ",
+                x.sizes(), " ", x.scalar_type(), ", found ", t->sizes(), " ", t->scalar_type());
 }
 
 void check_args(const char* op, const char* name, const Tensor& x, const OptionalTensor& scale) {
     TORCH_CHECK(x.dim() == 4, op, ": expected ", name, " [N, C, H, W], found shape ", x.sizes());
+    check_dtype(op, name, x);
     check_small(op, "scale", scale, {x.size(0), x.size(1)}, x);
 }
 
@@ -90,18 +91,18 @@ void check_noise(const char* op, const Tensor& x, const OptionalTensor& noise, c
     check_small(op, "strength", strength, {}, x);
     TORCH_CHECK(noise.has_value() || !strength.has_value(), op, ": expected noise with strength, found None");
     if (!noise.has_value()) return;
-    const bool fits = noise->dim() == 4 && (noise->size(0) == x.size(0) || noise->size(0) == 1) && noise->size(1) == 1 && noise->size(2) == x.size(2) &&
-                      noise->size(3) == x.size(3);
+    const bool fits = noise->dim() == 4 && (noise->size(0) == x.size(0) || noise->size(0) == 1) && noise->size(1) == 1 &&
+                      noise->size(2) == x.size(2) && noise->size(3) == x.size(3);
     TORCH_CHECK(fits && noise->scalar_type() == acc_type(x), op, ": expected noise [N or 1, 1, H, W] ", acc_type(x), " for features ", x.sizes(), " ",
                 x.scalar_type(), ", found ", noise->sizes(), " ", noise->scalar_type());
 }
 
-// A tensor of the shape and dtype of dy, in layout l. It may be missing only if it is not needed.
+// A tensor of the shape and dtype of dy, widened and in layout l. It may be missing only if it is not needed.
 OptionalTensor operand(const char* op, const char* name, const OptionalTensor& t, const Tensor& dy, const Layout& l, bool needed) {
     TORCH_CHECK(t.has_value() || !needed, op, ": expected ", name, ", found None");
     if (!t.has_value()) return t;
     check_same(op, name, *t, "dy", dy);
-    return t->contiguous(l.format);
+    return widen(*t).contiguous(l.format);
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->contiguous()) : t; }
@@ -118,12 +119,12 @@ Tensor epilogue(const Tensor& x_any, const OptionalTensor& scale_any, const Opti
     check_noise("epilogue", x_any, noise_any, strength);
     check_small("epilogue", "b", b_any, {x_any.size(1)}, x_any);
     const Layout l(x_any);
-    const Tensor x = x_any.contiguous(l.format), y = at::empty(x.sizes(), x.options(), l.format);
+    const Tensor x = widen(x_any).contiguous(l.format), y = at::empty(x.sizes(), x.options(), l.format);
     const OptionalTensor scale = contiguous(scale_any), noise = contiguous(noise_any), b = contiguous(b_any);
     M2M_DISPATCH(x, "epilogue", [&] {
-        using A = acc_t<scalar_t>;
-        const scalar_t* x_data = x.const_data_ptr<scalar_t>();
-        scalar_t* y_data = y.mutable_data_ptr<scalar_t>();
+        using A = scalar_t;
+        const A* x_data = x.const_data_ptr<A>();
+        A* y_data = y.mutable_data_ptr<A>();
         const A* noise_data = data_or_null<A>(noise);
         const int64_t noise_step = noise.has_value() && noise->size(0) > 1 ? l.pixels : 0;
         const A factor = value_or_one<A>(strength), slope = static_cast<A>(alpha), gain_a = static_cast<A>(gain), limit = limit_of<A>(clamp);
@@ -144,7 +145,7 @@ Tensor epilogue(const Tensor& x_any, const OptionalTensor& scale_any, const Opti
             }
         });
     });
-    return y;
+    return cast(y, x_any.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& dy_any, const OptionalTensor& x_any, const OptionalTensor& y_any,
@@ -160,39 +161,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& d
     check_rectifier(op, alpha, gain);
     const Layout l(dy_any);
     const bool linear = is_linear(alpha, clamp);
-    const Tensor dy = dy_any.contiguous(l.format);
-    const OptionalTensor x = operand(op, "x", x_any, dy, l, want_scale), y = operand(op, "y", y_any, dy, l, !linear);
+    const Tensor dy = widen(dy_any).contiguous(l.format);
+    const OptionalTensor x = operand(op, "x", x_any, dy_any, l, want_scale), y = operand(op, "y", y_any, dy_any, l, !linear);
     const OptionalTensor scale = contiguous(scale_any), noise = contiguous(noise_any);
 
-    const auto small = dy.options().dtype(acc_type(dy));
     const Tensor dx = want_x ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
-    const Tensor dscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), small);
-    const Tensor dnoise = want_noise ? at::empty(noise->sizes(), small) : at::empty({0}, small);
-    const Tensor dstrength = want_strength ? at::empty({}, small) : at::empty({0}, small);
-    const Tensor db = at::empty({want_b ? l.channels : 0}, small);
+    const Tensor dscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), dy.options());
+    const Tensor dnoise = want_noise ? at::empty(noise->sizes(), dy.options()) : at::empty({0}, dy.options());
+    const Tensor dstrength = want_strength ? at::empty({}, dy.options()) : at::empty({0}, dy.options());
+    const Tensor db = at::empty({want_b ? l.channels : 0}, dy.options());
 
     std::vector<double> totals_g(l.samples * l.chunks * l.channels), totals_gx(want_scale ? totals_g.size() : 0);
     std::vector<double> pixel_sums(sum_pixels ? std::max<int64_t>(1, l.samples) * l.pixels : 0);
     M2M_DISPATCH(dy, op, [&] {
-        using A = acc_t<scalar_t>;
-        const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
-        const scalar_t* y_data = linear ? dy_data : y->const_data_ptr<scalar_t>();
-        scalar_t* dx_data = dx.mutable_data_ptr<scalar_t>();
-        const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
-        const auto one_row = want_scale ? (sum_pixels ? grad_row<true, true, scalar_t, A> : grad_row<true, false, scalar_t, A>)
-                                        : (sum_pixels ? grad_row<false, true, scalar_t, A> : grad_row<false, false, scalar_t, A>);
+        using A = scalar_t;
+        const A *dy_data = dy.const_data_ptr<A>(), *x_data = data_or_null<A>(x);
+        const A* y_data = linear ? dy_data : y->const_data_ptr<A>();
+        A* dx_data = dx.mutable_data_ptr<A>();
+        const auto slope = rectifier_slope<A>(alpha, gain, clamp, dy_any.scalar_type());
+        const auto one_row = want_scale ? (sum_pixels ? grad_row<true, true, A> : grad_row<true, false, A>)
+                                        : (sum_pixels ? grad_row<false, true, A> : grad_row<false, false, A>);
         l.for_tasks([&](int64_t begin, int64_t end) {
             Tile<A> scales(l, scale, 1);
             Sums<A> sum_g(l, totals_g), sum_gx(l, totals_gx);
             std::vector<A> g(l.row());
-            std::vector<scalar_t> unwanted(l.row());
+            std::vector<A> unwanted(l.row());
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t n = task / l.chunks;
                 for (int64_t plane = 0; plane < l.planes; ++plane) {
                     const A* scale_row = scales.get(n, plane);
                     const auto row = [&](int64_t start, int64_t pixel, int64_t count) {
-                        one_row(want_x ? dx_data + start : unwanted.data(), sum_g.row.data(), sum_gx.row.data(), g.data(), dy_data + start, y_data + start,
-                                want_scale ? x_data + start : nullptr, scale_row, slope, count * l.neighbours);
+                        one_row(want_x ? dx_data + start : unwanted.data(), sum_g.row.data(), sum_gx.row.data(), g.data(), dy_data + start,
+                                y_data + start, want_scale ? x_data + start : nullptr, scale_row, slope, count * l.neighbours);
                         if (sum_pixels) add_pixels(pixel_sums.data() + n * l.pixels + pixel, g.data(), count, l.neighbours);
                     };
                     l.for_rows(task, plane, row, [&] {
@@ -216,12 +216,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& d
                 for (int64_t i = 0; i < noise->numel(); ++i) dnoise.mutable_data_ptr<A>()[i] = static_cast<A>(factor * pixel_sums[i]);
         }
     });
-    return {dx, dscale, dnoise, dstrength, db};
+    return {cast(dx, dy_any.scalar_type()), dscale, dnoise, dstrength, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const OptionalTensor& ddscale_any, const Tensor& dy_any,
-                                                  const OptionalTensor& x_any, const OptionalTensor& y_any, const OptionalTensor& scale_any, double alpha,
-                                                  double gain, double clamp, std::array<bool, 3> mask) {
+                                                  const OptionalTensor& x_any, const OptionalTensor& y_any, const OptionalTensor& scale_any,
+                                                  double alpha, double gain, double clamp, std::array<bool, 3> mask) {
     constexpr const char* op = "epilogue_grad2";
     const bool want_dy = mask[0], want_x = mask[1], want_scale = mask[2];
     check_args(op, "dy", dy_any, scale_any);
@@ -231,26 +231,26 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const O
     const Layout l(dy_any);
     const bool linear = is_linear(alpha, clamp), with_x = ddscale_any.has_value();
     check_same(op, "ddx", ddx_any, "dy", dy_any);
-    const Tensor dy = dy_any.contiguous(l.format), ddx = ddx_any.contiguous(l.format);
-    const OptionalTensor x = operand(op, "x", x_any, dy, l, with_x), y = operand(op, "y", y_any, dy, l, !linear);
+    const Tensor dy = widen(dy_any).contiguous(l.format), ddx = widen(ddx_any).contiguous(l.format);
+    const OptionalTensor x = operand(op, "x", x_any, dy_any, l, with_x), y = operand(op, "y", y_any, dy_any, l, !linear);
     const OptionalTensor scale = contiguous(scale_any), ddscale = contiguous(ddscale_any);
 
     const Tensor gdy = want_dy ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
     const Tensor gx = want_x ? at::empty(dy.sizes(), dy.options(), l.format) : at::empty({0}, dy.options());
-    const Tensor gscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), dy.options().dtype(acc_type(dy)));
+    const Tensor gscale = at::empty(want_scale ? at::DimVector({l.samples, l.channels}) : at::DimVector({0}), dy.options());
 
     std::vector<double> totals(l.samples * l.chunks * l.channels);
     M2M_DISPATCH(dy, op, [&] {
-        using A = acc_t<scalar_t>;
-        const scalar_t *dy_data = dy.const_data_ptr<scalar_t>(), *ddx_data = ddx.const_data_ptr<scalar_t>(), *x_data = data_or_null<scalar_t>(x);
-        const scalar_t* y_data = linear ? dy_data : y->const_data_ptr<scalar_t>();
-        scalar_t *gdy_data = gdy.mutable_data_ptr<scalar_t>(), *gx_data = gx.mutable_data_ptr<scalar_t>();
-        const auto slope = rectifier_slope<scalar_t>(alpha, gain, clamp);
-        const auto one_row = with_x ? grad2_row<true, scalar_t, A> : grad2_row<false, scalar_t, A>;
+        using A = scalar_t;
+        const A *dy_data = dy.const_data_ptr<A>(), *ddx_data = ddx.const_data_ptr<A>(), *x_data = data_or_null<A>(x);
+        const A* y_data = linear ? dy_data : y->const_data_ptr<A>();
+        A *gdy_data = gdy.mutable_data_ptr<A>(), *gx_data = gx.mutable_data_ptr<A>();
+        const auto slope = rectifier_slope<A>(alpha, gain, clamp, dy_any.scalar_type());
+        const auto one_row = with_x ? grad2_row<true, A> : grad2_row<false, A>;
         l.for_tasks([&](int64_t begin, int64_t end) {
             Tile<A> scales(l, scale, 1), ddscales(l, ddscale, 0);
             Sums<A> sums(l, totals);
-            std::vector<scalar_t> unwanted_dy(l.row()), unwanted_x(l.row());
+            std::vector<A> unwanted_dy(l.row()), unwanted_x(l.row());
             for (int64_t task = begin; task < end; ++task) {
                 for (int64_t plane = 0; plane < l.planes; ++plane) {
                     const A *scale_row = scales.get(task / l.chunks, plane), *ddscale_row = ddscales.get(task / l.chunks, plane);
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const O
         });
         if (want_scale) reduce<A>(totals, l.samples, l.channels, gscale);
     });
-    return {gdy, gx, gscale};
+    return {cast(gdy, dy_any.scalar_type()), cast(gx, dy_any.scalar_type()), gscale};
 }
 
 TORCH_LIBRARY_IMPL(m2m_stylegan, CPU, m) {

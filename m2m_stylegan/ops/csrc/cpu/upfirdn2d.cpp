@@ -53,23 +53,23 @@ struct Filter {
 };
 
 // Runs of memory and their weights.
-template <typename S, typename A>
+template <typename A>
 struct Terms {
     int64_t n = 0;
-    std::vector<const S*> runs;
+    std::vector<const A*> runs;
     std::vector<A> weights;
 
     explicit Terms(int64_t capacity) : runs(capacity), weights(capacity) {}
-    void add(const S* run, double weight) {
+    void add(const A* run, double weight) {
         runs[n] = run;
         weights[n++] = static_cast<A>(weight);
     }
 };
 
 // out[p][k] = (add ? base[p][k] : 0) + sum_i weights[i] * runs[i][p][k] for p < pixels, k < count; steps are those from one pixel to the next.
-template <int n, bool add, typename D, typename S, typename A>
-void sum_few(D* out, int64_t out_step, const A* base, const S* const* runs, const A* weights, int64_t step, int64_t pixels, int64_t count) {
-    const S* run[n];
+template <int n, bool add, typename A>
+void sum_few(A* out, int64_t out_step, const A* base, const A* const* runs, const A* weights, int64_t step, int64_t pixels, int64_t count) {
+    const A* run[n];
     A weight[n];
     for (int i = 0; i < n; ++i) {
         run[i] = runs[i];
@@ -78,18 +78,19 @@ void sum_few(D* out, int64_t out_step, const A* base, const S* const* runs, cons
     for (int64_t p = 0; p < pixels; ++p) {
 #pragma omp simd
         for (int64_t k = 0; k < count; ++k) {
-            A sum = weight[0] * static_cast<A>(run[0][k]);
-            for (int i = 1; i < n; ++i) sum += weight[i] * static_cast<A>(run[i][k]);
+            A sum = weight[0] * run[0][k];
+            for (int i = 1; i < n; ++i) sum += weight[i] * run[i][k];
             if constexpr (add) sum += base[k];
-            out[k] = static_cast<D>(sum);
+            out[k] = sum;
         }
         out += out_step;
         for (int i = 0; i < n; ++i) run[i] += step;
     }
 }
 
-template <bool add, typename D, typename S, typename A>
-void sum_up_to_four(int64_t n, D* out, int64_t out_step, const A* base, const S* const* runs, const A* weights, int64_t step, int64_t pixels, int64_t count) {
+template <bool add, typename A>
+void sum_up_to_four(int64_t n, A* out, int64_t out_step, const A* base, const A* const* runs, const A* weights, int64_t step, int64_t pixels,
+                    int64_t count) {
     switch (n) {
         case 1: return sum_few<1, add>(out, out_step, base, runs, weights, step, pixels, count);
         case 2: return sum_few<2, add>(out, out_step, base, runs, weights, step, pixels, count);
@@ -99,17 +100,17 @@ void sum_up_to_four(int64_t n, D* out, int64_t out_step, const A* base, const S*
 }
 
 // The same for any number of terms: four at a time, with the sums so far in the first-level cache.
-template <typename D, typename S, typename A>
-void weighted_sum(D* out, int64_t out_step, const Terms<S, A>& terms, int64_t step, int64_t pixels, int64_t count) {
+template <typename A>
+void weighted_sum(A* out, int64_t out_step, const Terms<A>& terms, int64_t step, int64_t pixels, int64_t count) {
     constexpr int64_t kBlock = 512;
     const A* weights = terms.weights.data();
     if (terms.n == 0) {
-        for (int64_t p = 0; p < pixels; ++p) std::fill_n(out + p * out_step, count, D(0));
+        for (int64_t p = 0; p < pixels; ++p) std::fill_n(out + p * out_step, count, A(0));
     } else if (terms.n <= 4) {
         sum_up_to_four<false>(terms.n, out, out_step, weights, terms.runs.data(), weights, step, pixels, count);
     } else {
         A sums[kBlock];
-        const S* runs[4];
+        const A* runs[4];
         for (int64_t p = 0; p < pixels; ++p) {
             for (int64_t start = 0; start < count; start += kBlock) {
                 const int64_t size = std::min(kBlock, count - start);
@@ -196,26 +197,24 @@ struct Plan {
 };
 
 // Makes output rows, with buffers of its own.
-template <typename T>
+template <typename A>
 class RowFilter {
-    using A = acc_t<T>;
-
 public:
     explicit RowFilter(const Plan& plan)
         : p(plan), begin(std::max<int64_t>(p.first, 0)), end(std::min(p.first + p.width, p.x.in)), padded(p.max_rows() * p.row_size(), A(0)),
           packed(p.dealt ? p.width * p.size : 0, A(0)), joined(p.whole_rows && p.x.up > 1 ? p.x.up * p.outputs(0) * p.size : 0),
-          held(p.max_rows(), nullptr), column(p.y.taps_from(0)), phases(p.x.up, Terms<A, A>(p.max_rows() * p.x.taps_from(0))) {
+          held(p.max_rows(), nullptr), column(p.y.taps_from(0)), phases(p.x.up, Terms<A>(p.max_rows() * p.x.taps_from(0))) {
         if (p.filter.separable) add_phases(padded.data(), p.filter.rows[0]);
     }
 
     // Output row `o` of the plane of which `in` is the first row.
-    void operator()(T* out, const T* in, int64_t row_stride, int64_t o) {
+    void operator()(A* out, const A* in, int64_t row_stride, int64_t o) {
         column.n = 0;
         if (!p.filter.separable) clear_phases();
         int64_t sample = p.y.first_sample(o);
         for (int64_t tap = p.y.first_tap(o); tap < p.y.taps && begin < end; tap += p.y.up, ++sample) {
             if (sample < 0 || sample >= p.y.in) continue;
-            const T* row = in + sample * row_stride + begin * p.size;
+            const A* row = in + sample * row_stride + begin * p.size;
             column.add(row, p.filter.column[tap]);
             if (!p.filter.separable) add_phases(hold(row, sample), p.filter.rows[tap]);
         }
@@ -234,17 +233,17 @@ public:
 
 private:
     // Makes a padded row from the sum of some terms.
-    void fill(A* row, const Terms<T, A>& terms) {
+    void fill(A* row, const Terms<A>& terms) {
         weighted_sum((p.dealt ? packed.data() : row) + (begin - p.first) * p.size, 0, terms, 0, 1, (end - begin) * p.size);
         if (p.dealt) deal<false>(packed.data(), row, p.part_step, p.width, p.x.down, p.size);
     }
 
     // The padded copy of an input row; the next output rows find it there.
-    const A* hold(const T* row, int64_t sample) {
+    const A* hold(const A* row, int64_t sample) {
         const int64_t slot = sample % p.max_rows();
         A* copy = padded.data() + slot * p.row_size();
         if (held[slot] != row) {
-            Terms<T, A> term(1);
+            Terms<A> term(1);
             term.add(row, 1);
             fill(copy, term);
             held[slot] = row;
@@ -266,11 +265,10 @@ private:
 
     const Plan& p;
     int64_t begin, end;  // samples of a row that are needed
-    std::vector<A> padded, packed;
-    std::vector<T> joined;
-    std::vector<const T*> held;
-    Terms<T, A> column;
-    std::vector<Terms<A, A>> phases;
+    std::vector<A> padded, packed, joined;
+    std::vector<const A*> held;
+    Terms<A> column;
+    std::vector<Terms<A>> phases;
 };
 
 // f [taps_y, taps_x], contiguous
@@ -284,13 +282,14 @@ Axis make_axis(int64_t in, int64_t up, int64_t down, int64_t pad0, int64_t pad1,
     return {in, padded < taps ? 0 : (padded - taps) / down + 1, up, down, pad0, taps};
 }
 
-Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy, int64_t downx, int64_t downy, int64_t padx0, int64_t padx1, int64_t pady0,
-                 int64_t pady1, bool flip, double gain) {
+Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy, int64_t downx, int64_t downy, int64_t padx0, int64_t padx1,
+                 int64_t pady0, int64_t pady1, bool flip, double gain) {
     TORCH_CHECK(x_any.dim() == 4, "upfirdn2d: expected x [N, C, H, W], found shape ", x_any.sizes());
+    check_dtype("upfirdn2d", "x", x_any);
     TORCH_CHECK(f.dim() == 2 && f.numel() > 0 && (f.scalar_type() == at::kFloat || f.scalar_type() == at::kDouble),
                 "upfirdn2d: expected a filter [taps_y, taps_x] Float or Double, found ", f.sizes(), " ", f.scalar_type());
-    TORCH_CHECK(upx >= 1 && upy >= 1 && downx >= 1 && downy >= 1, "upfirdn2d: expected up and down of at least 1, found up (x, y) = (", upx, ", ", upy,
-                "), down (x, y) = (", downx, ", ", downy, ")");
+    TORCH_CHECK(upx >= 1 && upy >= 1 && downx >= 1 && downy >= 1, "upfirdn2d: expected up and down of at least 1, found up (x, y) = (", upx,
+                ", ", upy, "), down (x, y) = (", downx, ", ", downy, ")");
     const Axis ax = make_axis(x_any.size(3), upx, downx, padx0, padx1, f.size(1)), ay = make_axis(x_any.size(2), upy, downy, pady0, pady1, f.size(0));
     TORCH_CHECK(ax.out > 0 && ay.out > 0, "upfirdn2d: expected a padded input of at least ", f.size(0), " x ", f.size(1),
                 " (height x width), the size of the filter, found ", ay.in * upy + pady0 + pady1, " x ", ax.in * upx + padx0 + padx1);
@@ -299,10 +298,11 @@ Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy,
     const bool channels_last = format == at::MemoryFormat::ChannelsLast;
     const int64_t channels = x_any.size(1), size = channels_last ? channels : 1, planes = channels_last ? 1 : channels;
     // Only the pixels of one row must be neighbours: a cropped view needs no copy.
-    const bool rows_are_dense = x_any.stride(3) == size && (!channels_last || x_any.stride(1) == 1);
-    const Tensor x = rows_are_dense ? x_any : x_any.contiguous(format);
+    const Tensor wide = widen(x_any);
+    const bool rows_are_dense = wide.stride(3) == size && (!channels_last || wide.stride(1) == 1);
+    const Tensor x = rows_are_dense ? wide : wide.contiguous(format);
     const Tensor out = at::empty({x.size(0), channels, ay.out, ax.out}, x.options(), format);
-    if (out.numel() == 0) return out;
+    if (out.numel() == 0) return cast(out, x_any.scalar_type());
     const Plan plan(ax, ay, make_filter(f.contiguous(), flip, gain), size);
     M2M_DISPATCH(x, "upfirdn2d", [&] {
         const scalar_t* in_data = x.const_data_ptr<scalar_t>();
@@ -316,7 +316,7 @@ Tensor upfirdn2d(const Tensor& x_any, const Tensor& f, int64_t upx, int64_t upy,
             }
         });
     });
-    return out;
+    return cast(out, x_any.scalar_type());
 }
 
 TORCH_LIBRARY_IMPL(m2m_stylegan, CPU, m) { m.impl("upfirdn2d", upfirdn2d); }

@@ -145,9 +145,9 @@ cudaError_t launch_bias_act(const BiasAct& p, void* stream) {
     a.vectors = aligned(p.x, p.dy, p.ddx, p.out);
     a.b_vectors = p.b_stride == 1 && p.b_size % V == 0 && aligned(p.b);
     a.act = p.act;
-    a.alpha = static_cast<A>(p.act == kLinear ? 1 : p.act == kRelu ? 0 : p.alpha);
+    a.alpha = static_cast<A>(p.alpha);
     a.gain = static_cast<A>(p.gain), a.limit = limit_of<A>(p.clamp);
-    a.slope = rectifier_slope<T>(a.alpha, p.gain, p.clamp);
+    a.slope = rectifier_slope<T>(p.alpha, p.gain, p.clamp);
     const auto kernel = is_smooth ? (p.ddx ? bias_act_kernel<2, true, T, Index> : p.dy ? bias_act_kernel<1, true, T, Index> : bias_act_kernel<0, true, T, Index>)
                                   : (p.dy ? bias_act_kernel<1, false, T, Index> : bias_act_kernel<0, false, T, Index>);
     return launch(kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(p.numel, kThreads * kUnroll * V))), 0, stream, a);

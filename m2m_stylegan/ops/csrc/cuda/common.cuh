@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -53,7 +54,13 @@ __device__ Vec<T, V> load(const T* p) {
 
 template <typename T, int V>
 __device__ void store(T* p, const Vec<T, V>& value) {
-    *reinterpret_cast<Vec<T, V>*>(p) = value;
+    if constexpr (sizeof(value) == sizeof(uint4)) {  // nvcc makes several stores of an assignment if the elements are computed one by one.
+        uint4 bits;
+        memcpy(&bits, &value, sizeof(bits));
+        __stwb(reinterpret_cast<uint4*>(p), bits);
+    } else {
+        *reinterpret_cast<Vec<T, V>*>(p) = value;
+    }
 }
 
 // `count` small operands from p, or `otherwise` if there are none; p is aligned if count > 1.

@@ -46,25 +46,28 @@ struct Pass {
 template <int V, typename Op>
 __global__ __launch_bounds__(kThreads) void contiguous_pass(Op op, Pass<acc_t<typename Op::Scalar>> pass) {
     using A = acc_t<typename Op::Scalar>;
+    constexpr int unroll = V == 1 ? 4 : Op::kUnroll;
     const int lane = threadIdx.x & (pass.lanes - 1);
     const uint32_t job = blockIdx.x * (kThreads / pass.lanes) + threadIdx.x / pass.lanes, channels = static_cast<uint32_t>(op.channels);
     const uint32_t chunk = job / channels, channel = job - chunk * channels;
     const bool active = chunk < pass.chunks;
-    const int64_t begin = chunk * pass.chunk + lane * V, step = pass.lanes * V;
+    const int step = pass.lanes * V;
+    const int64_t begin = chunk * pass.chunk + lane * V;
     const int64_t end = (chunk + 1) * pass.chunk < op.pixels ? (chunk + 1) * pass.chunk : op.pixels;
     for (int64_t n = blockIdx.y; n < op.samples; n += gridDim.y) {
         A sums[Op::kSums ? Op::kSums : 1][1] = {};
         if (active) {
             const auto coefficients = op.template coefficients<1>(n * op.channels + channel, channel);
-            const int64_t plane = (n * op.channels + channel) * op.pixels;
-            for (int64_t p = begin; p < end; p += step * Op::kUnroll) {
-                typename Op::template Tile<V, V> tiles[Op::kUnroll];
+            const int64_t plane = (n * op.channels + channel) * op.pixels, to_noise = n * op.noise_step - plane, stop = plane + end;
+#pragma unroll 1
+            for (int64_t i = plane + begin; i < stop; i += step * unroll) {
+                typename Op::template Tile<V, V> tiles[unroll];
 #pragma unroll
-                for (int u = 0; u < Op::kUnroll; ++u)
-                    if (p + u * step < end) tiles[u] = op.template load<V, V>(plane + p + u * step, n * op.noise_step + p + u * step);
+                for (int u = 0; u < unroll; ++u)
+                    if (i + u * step < stop) tiles[u] = op.template load<V, V>(i + u * step, i + u * step + to_noise);
 #pragma unroll
-                for (int u = 0; u < Op::kUnroll; ++u)
-                    if (p + u * step < end) op.template apply<V, 1, V>(plane + p + u * step, tiles[u], coefficients, sums);
+                for (int u = 0; u < unroll; ++u)
+                    if (i + u * step < stop) op.template apply<V, 1, V>(i + u * step, tiles[u], coefficients, sums);
             }
         }
         if (Op::kSums > 0 && pass.partials) {
@@ -82,6 +85,7 @@ __global__ __launch_bounds__(kThreads) void contiguous_pass(Op op, Pass<acc_t<ty
 template <int V, typename Op>
 __global__ __launch_bounds__(kThreads) void channels_last_pass(Op op, Pass<acc_t<typename Op::Scalar>> pass) {
     using A = acc_t<typename Op::Scalar>;
+    constexpr int unroll = V == 1 ? 4 : Op::kUnroll;
     const int lane = threadIdx.x & (pass.lanes - 1), row = threadIdx.x / pass.lanes, rows = kThreads / pass.lanes;
     const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * pass.lanes * V, channel = first_channel + lane * V;
     const int64_t begin = blockIdx.x * pass.chunk, end = begin + pass.chunk < op.pixels ? begin + pass.chunk : op.pixels;
@@ -89,14 +93,15 @@ __global__ __launch_bounds__(kThreads) void channels_last_pass(Op op, Pass<acc_t
         A sums[Op::kSums ? Op::kSums : 1][V] = {};
         if (channel < op.channels) {
             const auto coefficients = op.template coefficients<V>(n * op.channels + channel, channel);
-            for (int64_t p = begin + row; p < end; p += rows * Op::kUnroll) {
-                typename Op::template Tile<V, 1> tiles[Op::kUnroll];
+#pragma unroll 1
+            for (int64_t p = begin + row; p < end; p += rows * unroll) {
+                typename Op::template Tile<V, 1> tiles[unroll];
                 const auto element = [&](int u) { return (n * op.pixels + p + u * rows) * op.channels + channel; };
 #pragma unroll
-                for (int u = 0; u < Op::kUnroll; ++u)
+                for (int u = 0; u < unroll; ++u)
                     if (p + u * rows < end) tiles[u] = op.template load<V, 1>(element(u), n * op.noise_step + p + u * rows);
 #pragma unroll
-                for (int u = 0; u < Op::kUnroll; ++u)
+                for (int u = 0; u < unroll; ++u)
                     if (p + u * rows < end) op.template apply<V, V, 1>(element(u), tiles[u], coefficients, sums);
             }
         }

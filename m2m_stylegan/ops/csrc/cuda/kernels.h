@@ -37,7 +37,7 @@ enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwi
 struct BiasAct {
     Dtype dtype;
     int act;
-    double alpha, gain, clamp;  // clamp < 0: none
+    double alpha, gain, clamp;  // slope below zero of linear, relu and lrelu; clamp < 0: none
     int64_t numel;
     const void* x;              // the function's value y for the derivatives of linear, relu and lrelu
     const void *dy, *ddx, *b;   // null if absent

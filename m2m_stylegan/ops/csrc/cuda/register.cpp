@@ -20,13 +20,13 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-cuda::Dtype dtype_of(const char* op, const Tensor& x) {
-    switch (x.scalar_type()) {
+cuda::Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
+    switch (t.scalar_type()) {
         case at::kHalf: return cuda::Dtype::half;
         case at::kBFloat16: return cuda::Dtype::bfloat16;
         case at::kFloat: return cuda::Dtype::float32;
         case at::kDouble: return cuda::Dtype::float64;
-        default: TORCH_CHECK(false, op, ": expected Half, BFloat16, Float or Double, found ", x.scalar_type());
+        default: TORCH_CHECK(false, op, ": expected ", name, " of dtype Float, Double, Half or BFloat16, found ", t.scalar_type());
     }
 }
 
@@ -49,6 +49,11 @@ void check_same(const char* op, const char* name, const Tensor& t, const char* l
     check_device(op, name, t, like);
 }
 
+// Only then do sign and size of a result tell the slope.
+void check_rectifier(const char* op, double alpha, double gain) {
+    TORCH_CHECK(alpha >= 0 && gain > 0, op, ": expected alpha >= 0 and gain > 0, found alpha = ", alpha, ", gain = ", gain);
+}
+
 OptionalTensor contiguous(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->contiguous()) : t; }
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
@@ -59,7 +64,6 @@ void* wanted(bool want, const Tensor& t) { return want ? t.mutable_data_ptr() : 
 cuda::Axis make_axis(int64_t in, int64_t up, int64_t down, int64_t pad0, int64_t pad1, int64_t taps) {
     for (int64_t value : {in, up, down, pad0, pad1, taps})
         TORCH_CHECK(std::abs(value) < int64_t{1} << 31, "upfirdn2d: expected sizes, factors and padding below 2^31, found ", value);
-    TORCH_CHECK(up >= 1 && down >= 1, "upfirdn2d: expected up and down of at least 1, found up = ", up, ", down = ", down);
     const int64_t padded = in * up + pad0 + pad1, largest = in * up + std::max<int64_t>(pad0, 0) + std::max<int64_t>(pad1, 0);
     TORCH_CHECK(largest < int64_t{1} << 31, "upfirdn2d: expected a padded size below 2^31, found ", largest);
     return {in, padded < taps ? 0 : (padded - taps) / down + 1, taps, up, down, pad0};
@@ -68,11 +72,13 @@ cuda::Axis make_axis(int64_t in, int64_t up, int64_t down, int64_t pad0, int64_t
 Tensor upfirdn2d(const Tensor& x, const Tensor& f, int64_t upx, int64_t upy, int64_t downx, int64_t downy, int64_t padx0, int64_t padx1, int64_t pady0,
                  int64_t pady1, bool flip, double gain) {
     TORCH_CHECK(x.dim() == 4, "upfirdn2d: expected x [N, C, H, W], found shape ", x.sizes());
+    cuda::Upfirdn2d p{};
+    p.dtype = dtype_of("upfirdn2d", "x", x);
     TORCH_CHECK(f.dim() == 2 && f.numel() > 0 && (f.scalar_type() == at::kFloat || f.scalar_type() == at::kDouble),
                 "upfirdn2d: expected a filter [taps_y, taps_x] Float or Double, found ", f.sizes(), " ", f.scalar_type());
     check_device("upfirdn2d", "the filter", f, x);
-    cuda::Upfirdn2d p{};
-    p.dtype = dtype_of("upfirdn2d", x);
+    TORCH_CHECK(upx >= 1 && upy >= 1 && downx >= 1 && downy >= 1, "upfirdn2d: expected up and down of at least 1, found up (x, y) = (", upx, ", ", upy,
+                "), down (x, y) = (", downx, ", ", downy, ")");
     p.x = make_axis(x.size(3), upx, downx, padx0, padx1, f.size(1));
     p.y = make_axis(x.size(2), upy, downy, pady0, pady1, f.size(0));
     TORCH_CHECK(p.x.out > 0 && p.y.out > 0, "upfirdn2d: expected a padded input of at least ", f.size(0), " x ", f.size(1),
@@ -98,7 +104,10 @@ Tensor in_layout_of(const Tensor& like, const Tensor& t) {
     return same ? t : at::empty_like(like).copy_(t);
 }
 
-void check_args(const char* op, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, int64_t first_act) {
+double slope_of(int64_t act, double alpha) { return act == cuda::kLinear ? 1 : act == cuda::kRelu ? 0 : alpha; }
+
+void check_args(const char* op, const char* name, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, int64_t first_act) {
+    dtype_of(op, name, x);
     TORCH_CHECK(act >= first_act && act < cuda::kActs, op, ": expected an activation index from ", first_act, " to ", cuda::kActs - 1, ", found ", act);
     if (!b.has_value()) return;
     TORCH_CHECK(dim >= 0 && dim < x.dim(), op, ": expected a dimension of x ", x.sizes(), " for the bias, found ", dim);
@@ -115,14 +124,14 @@ Tensor run_bias_act(const char* op, const Tensor& x, const OptionalTensor& dy, c
     const OptionalTensor b = contiguous(b_any);
     const bool several = b.has_value() && b->size(0) > 1;
     run(cuda::bias_act,
-        cuda::BiasAct{dtype_of(op, x), static_cast<int>(act), alpha, gain, clamp, x.numel(), data(x), data(dy), data(ddx), data(b), several ? b->size(0) : 1,
+        cuda::BiasAct{dtype_of(op, "x", x), static_cast<int>(act), slope_of(act, alpha), gain, clamp, x.numel(), data(x), data(dy), data(ddx), data(b), several ? b->size(0) : 1,
                       several ? x.stride(dim) : 1, out.mutable_data_ptr()},
         x);
     return out;
 }
 
 Tensor bias_act(const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, double alpha, double gain, double clamp) {
-    check_args("bias_act", x, b, dim, act, 0);
+    check_args("bias_act", "x", x, b, dim, act, 0);
     return run_bias_act("bias_act", dense(x), {}, {}, b, dim, act, alpha, gain, clamp);
 }
 
@@ -130,18 +139,19 @@ Tensor bias_act_grad(const Tensor& dy_any, const OptionalTensor& x, const Option
                      double gain, double clamp) {
     const bool rectifier = act <= cuda::kLrelu;
     const OptionalTensor &saved = rectifier ? y : x, bias = rectifier ? OptionalTensor() : b;
+    check_args("bias_act_grad", "dy", dy_any, bias, dim, act, 0);
     TORCH_CHECK(saved.has_value(), "bias_act_grad: expected ", rectifier ? "y" : "x", " for activation ", act, ", found None");
     check_same("bias_act_grad", rectifier ? "y" : "x", *saved, "dy", dy_any);
-    check_args("bias_act_grad", dy_any, bias, dim, act, 0);
+    if (rectifier) check_rectifier("bias_act_grad", slope_of(act, alpha), gain);
     const Tensor dy = dense(dy_any);
     return run_bias_act("bias_act_grad", in_layout_of(dy, *saved), dy, {}, bias, dim, act, alpha, gain, clamp);
 }
 
 Tensor bias_act_grad2(const Tensor& ddx_any, const Tensor& dy, const Tensor& x, const OptionalTensor& b, int64_t dim, int64_t act, double alpha, double gain,
                       double clamp) {
+    check_args("bias_act_grad2", "x", x, b, dim, act, cuda::kTanh);
     check_same("bias_act_grad2", "dy", dy, "ddx", ddx_any);
     check_same("bias_act_grad2", "x", x, "ddx", ddx_any);
-    check_args("bias_act_grad2", x, b, dim, act, cuda::kTanh);
     const Tensor ddx = dense(ddx_any);
     return run_bias_act("bias_act_grad2", in_layout_of(ddx, x), in_layout_of(ddx, dy), ddx, b, dim, act, alpha, gain, clamp);
 }
@@ -155,6 +165,7 @@ void check_small(const char* op, const char* name, const OptionalTensor& t, at::
 
 void check_features(const char* op, const char* name, const Tensor& x, const OptionalTensor& scale) {
     TORCH_CHECK(x.dim() == 4, op, ": expected ", name, " [N, C, H, W], found shape ", x.sizes());
+    dtype_of(op, name, x);
     check_small(op, "scale", scale, {x.size(0), x.size(1)}, x);
 }
 
@@ -183,7 +194,7 @@ bool is_per_sample(const OptionalTensor& noise) { return noise.has_value() && no
 bool is_linear(double alpha, double clamp) { return alpha == 1 && clamp < 0; }
 
 cuda::Features features(const char* op, const Tensor& x, at::MemoryFormat format, double alpha, double gain, double clamp) {
-    return {dtype_of(op, x), format == at::MemoryFormat::ChannelsLast, x.size(0), x.size(1), x.size(2) * x.size(3), alpha, gain, clamp};
+    return {dtype_of(op, "x", x), format == at::MemoryFormat::ChannelsLast, x.size(0), x.size(1), x.size(2) * x.size(3), alpha, gain, clamp};
 }
 
 Tensor workspace(const cuda::Features& f, bool needed, const Tensor& x) {
@@ -215,6 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> epilogue_grad(const Tensor& d
     check_noise(op, dy_any, noise_any, strength);
     TORCH_CHECK(noise_any.has_value() || !(want_noise || want_strength), op,
                 ": expected noise, whose or whose strength's gradient is asked for, found None");
+    check_rectifier(op, alpha, gain);
     const auto format = dy_any.suggest_memory_format();
     const Tensor dy = dy_any.contiguous(format);
     const OptionalTensor x = operand(op, "x", x_any, dy, format, want_scale), y = operand(op, "y", y_any, dy, format, !is_linear(alpha, clamp));
@@ -248,6 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_grad2(const Tensor& ddx_any, const O
     check_features(op, "dy", dy_any, scale_any);
     check_small(op, "ddscale", ddscale_any, {dy_any.size(0), dy_any.size(1)}, dy_any);
     TORCH_CHECK(ddscale_any.has_value() || !want_x, op, ": expected ddscale for the gradient of x, found None");
+    check_rectifier(op, alpha, gain);
     check_same(op, "ddx", ddx_any, "dy", dy_any);
     const auto format = dy_any.suggest_memory_format();
     const Tensor dy = dy_any.contiguous(format), ddx = ddx_any.contiguous(format);

@@ -171,7 +171,7 @@ private:
 };
 
 template <typename T, typename F, int V>
-__global__ __launch_bounds__(kThreads) void fir_kernel(const T* __restrict__ x, const void* __restrict__ filter, T* __restrict__ y, Strips a) {
+__global__ __launch_bounds__(kThreads, 2) void fir_kernel(const T* __restrict__ x, const void* __restrict__ filter, T* __restrict__ y, Strips a) {
     using A = acc_t<T>;
     constexpr int count = F::kTapsX * F::kTapsY;
     A* taps = shared<A>();
