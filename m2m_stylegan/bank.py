@@ -61,8 +61,9 @@ class Bank:
         self.next_chunk += 1
 
     def rewind(self, next_chunk: int) -> None:
-        """Make the bank what it was when `next_chunk` was next: resuming a run."""
-        for chunk in range(max(next_chunk - self.num_chunks, self.next_chunk), next_chunk):
+        """Make the bank what it was, or will be, when `next_chunk` is next: resuming a run."""
+        kept = self.next_chunk if next_chunk >= self.next_chunk else 0
+        for chunk in range(max(next_chunk - self.num_chunks, kept), next_chunk):
             self.next_chunk = chunk
             self.refresh()
         self.next_chunk = next_chunk

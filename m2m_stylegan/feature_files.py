@@ -83,7 +83,7 @@ def specs_of(batch: Batch, num_items: int) -> dict[str, TensorSpec]:
 
 def write_shard(cache_dir: Path, layout: Layout, shard: int, tensors: Batch) -> str:
     """Write one shard; returns its checksum. The caller holds its lock."""
-    digest = _digest(tensors)
+    digest = digest_of(tensors)
     metadata = json.dumps({**layout.identity, 'shard': shard, 'sha256': digest})
     _store(shard_path(cache_dir, shard), safetensors.torch.save(tensors, metadata={_METADATA_KEY: metadata}))
     return digest
@@ -111,7 +111,7 @@ def read_shard(cache_dir: Path, layout: Layout, shard: int, *, verify: bool) -> 
         raise BadShard(str(err)) from err
     if specs != layout.specs:
         raise BadShard(f'holds {specs}, expected {layout.specs}')
-    if verify and _digest(tensors) != digest:
+    if verify and digest_of(tensors) != digest:
         raise BadShard('does not match its checksum')
     return tensors, digest
 
@@ -212,7 +212,8 @@ def _store(path: Path, data: bytes) -> None:
             tmp.write_bytes(data)
 
 
-def _digest(tensors: Batch) -> str:
+def digest_of(tensors: Batch) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors on the CPU, whatever their order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         x = tensors[name]

@@ -98,7 +98,7 @@ class ImageFiles:
 
     def header(self, name: str) -> tuple[int, int, str]:
         """(width, height, Pillow mode) without decoding the pixels. Raises ImageReadError."""
-        with self._reading(name), self._open(name) as f, PIL.Image.open(f) as img:
+        with self._reading(name), self._open(name) as f, open_image(f) as img:
             _check_pixels(img)
             return img.width, img.height, img.mode
 
@@ -106,7 +106,7 @@ class ImageFiles:
         """The decoded image (the first frame of an animation), with Pillow's `info`. Raises ImageReadError."""
         data = self.read(name)
         with self._reading(name):
-            img = PIL.Image.open(io.BytesIO(data))
+            img = open_image(io.BytesIO(data))
             _check_pixels(img)
             img.load()
             return img
@@ -221,6 +221,12 @@ def problem_list(problems: Mapping[str, Sequence[str]], total: int, limit: int =
 def printable(name: str) -> str:
     """File names may hold bytes that no terminal can encode, or line breaks; show those as escapes."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
+
+
+def open_image(f: BinaryIO) -> PIL.Image.Image:
+    """PIL.Image.open without EPS, whose pixels Pillow would have Ghostscript compute: a program interpreter, in a process of its own."""
+    PIL.Image.init()
+    return PIL.Image.open(f, formats=[name for name in PIL.Image.ID if name != 'EPS'])
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:

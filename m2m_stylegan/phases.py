@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from m2m_stylegan import losses, slicing
+from m2m_stylegan import distributed, losses, slicing
 from m2m_stylegan.losses import Report
 
 Batch = dict[str, torch.Tensor]
@@ -150,7 +150,7 @@ def make_phases(game: Game, G_params: list, D_params: list, G_lr: float, D_lr: f
 def run_phase(phase: Phase, latents: Batch, real: Batch, batch_gpu: int) -> None:
     """One optimiser step of one phase on a whole batch, accumulated over micro-batches of batch_gpu items.
 
-    Gradients of the micro-batches are summed, as in the official code.
+    Gradients of the micro-batches are summed, those of the processes averaged, as in the official code.
     """
     phase.optimizer.zero_grad(set_to_none=True)
     for param in phase.params:
@@ -162,9 +162,10 @@ def run_phase(phase: Phase, latents: Batch, real: Batch, batch_gpu: int) -> None
     finally:
         for param in phase.params:
             param.requires_grad_(False)
-    for param in phase.params:
-        if param.grad is not None:
-            torch.nan_to_num(param.grad, nan=0, posinf=1e5, neginf=-1e5, out=param.grad)
+    grads = [param.grad for param in phase.params if param.grad is not None]
+    distributed.average_(grads)
+    for grad in grads:
+        torch.nan_to_num(grad, nan=0, posinf=1e5, neginf=-1e5, out=grad)
     phase.optimizer.step()
 
 

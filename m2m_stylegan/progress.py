@@ -9,13 +9,13 @@ import tqdm
 class Progress:
     """A bar over the nearer of two limits, thousands of images and wall-clock seconds. Use as a context manager."""
 
-    def __init__(self, total_kimg: float, max_seconds: float | None, start_time: float):
-        """start_time: time.time() from which max_seconds counts."""
-        self.total_kimg, self.max_seconds, self.start_time = total_kimg, max_seconds, start_time
+    def __init__(self, total_kimg: float, max_seconds: float | None, start_time: float, shown: bool = True):
+        """start_time: time.monotonic() from which max_seconds counts."""
+        self.total_kimg, self.max_seconds, self.start_time, self.shown = total_kimg, max_seconds, start_time, shown
         self._recent: list[tuple[float, float]] = []
 
     def __enter__(self) -> 'Progress':
-        self._bar = tqdm.tqdm(total=1000, bar_format='{percentage:3.0f}%|{bar:24}| {desc}', dynamic_ncols=True, leave=False,
+        self._bar = tqdm.tqdm(total=1000, bar_format='{percentage:3.0f}%|{bar:24}| {desc}', dynamic_ncols=True, leave=False, disable=not self.shown,
                               mininterval=0.2 if sys.stderr.isatty() else 30)  # in a log file every refresh is a line
         return self
 
@@ -29,7 +29,7 @@ class Progress:
 
     def update(self, kimg: float, collector) -> None:
         """Show the state after `kimg` thousand images in all; means since the last tick come from the stats.Collector."""
-        now = time.time()
+        now = time.monotonic()
         self._recent = [*self._recent[-20:], (now, kimg)]
         seconds, done = now - self._recent[0][0], kimg - self._recent[0][1]
         speed = done / seconds if seconds > 0 else 0.0  # kimg per second over the last 20 batches

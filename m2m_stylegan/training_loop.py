@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2m_stylegan import ada, checkpoint, losses, phases, slicing, stats
+from m2m_stylegan import ada, checkpoint, distributed, faults, losses, phases, slicing, stats
 from m2m_stylegan.bank import Bank
 from m2m_stylegan.datasets import ImageDataset, InfiniteSampler
+from m2m_stylegan.errors import UserError
+from m2m_stylegan.faults import StopRequest
 from m2m_stylegan.images import from_uint8, save_image_grid
 from m2m_stylegan.progress import Progress
 
@@ -29,12 +30,14 @@ class LoopOptions:
     slice_res: int | None = None             # r; None for 'full'
     freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
     seed: int = 0
-    batch_size: int = 16
-    batch_gpu: int = 16                      # images per forward pass; gradients are summed up to batch_size
+    num_gpus: int = 1                        # processes, each of which trains on its share of every batch
+    batch_size: int = 16                     # images per step, of all processes together
+    batch_gpu: int = 16                      # images per forward pass; gradients are summed up to batch_size / num_gpus
     total_kimg: float = 1000
     max_seconds: float | None = None         # wall clock since `start_time`
     kimg_per_tick: float = 4
     snapshot_ticks: int = 50
+    keep_checkpoints: int = 2                # the newest, and those before it in case it is damaged
     snapshot_seconds: float | None = None    # also a snapshot whenever another so many seconds of the run's time are over
     G_lr: float = 0.0025
     D_lr: float = 0.0025
@@ -46,6 +49,11 @@ class LoopOptions:
     ada_kimg: float = 500
     refresh_interval: int = 4                # batches between replacements of one chunk of the bank
     force_fp32: bool = False                 # run blocks marked fp16 in float32; half precision is 11 times slower on a CPU
+
+    @property
+    def batch_rank(self) -> int:
+        """Images per step of one process."""
+        return self.batch_size // self.num_gpus
 
 
 @dataclasses.dataclass
@@ -59,42 +67,20 @@ class State:
     cur_nimg: int = 0
     batch_idx: int = 0
     cur_tick: int = 0
+    tick_start_nimg: int = 0
+    backoffs: int = 0  # how often diverged training has gone back to a checkpoint
     elapsed_seconds: float = 0.0
     real_signs: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros([2], dtype=torch.float64))
     """Sum and number of sign(D(real)) since ADA last adjusted p."""
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the loop can save before it leaves; a second one interrupts at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> 'StopRequest':
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # Not the main thread: signals are somebody else's business.
-                break
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-
-def batches(dataset: ImageDataset, batch_size: int, seed: int, start_idx: int, device: torch.device, workers: int) -> Iterator[phases.Batch]:
-    """Endless batches in the official order: img [N, C, R, R] float32 in [-1, 1], c [N, label_dim] float32, on `device`."""
+def batches(dataset: ImageDataset, options: LoopOptions, start_idx: int, device: torch.device, workers: int) -> Iterator[phases.Batch]:
+    """This process's share of endless batches in the official order: img [N, C, R, R] float32 in [-1, 1], c [N, label_dim] float32, on `device`."""
     in_memory = dataset.in_memory()
+    sampler = InfiniteSampler(len(dataset), seed=options.seed, start_idx=start_idx, rank=distributed.rank(), num_replicas=options.num_gpus)
     loader = torch.utils.data.DataLoader(
-        dataset, sampler=InfiniteSampler(len(dataset), seed=seed, start_idx=start_idx), batch_size=batch_size,
-        num_workers=0 if in_memory else workers, pin_memory=device.type == 'cuda',
+        dataset, sampler=sampler, batch_size=options.batch_rank, num_workers=0 if in_memory else workers, pin_memory=device.type == 'cuda',
+        worker_init_fn=faults.ignore_signals,
         generator=torch.Generator())  # Else it takes a seed from the global RNG, in the first step only: a resumed run would differ.
     for img, c in loader:
         yield {'img': from_uint8(img.to(device)), 'c': c.to(device)}
@@ -105,9 +91,13 @@ def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, d
     return torch.from_numpy(dataset.get_labels(rnd.randint(len(dataset)) for _ in range(num))).to(device)
 
 
-def seed_step(seed: int, batch_idx: int) -> np.random.RandomState:
-    """Make the global torch RNG and the returned numpy RNG a function of (seed, batch_idx): a resumed run draws what it would have drawn."""
-    words = np.random.SeedSequence([seed, batch_idx]).generate_state(3)
+def seed_step(options: LoopOptions, state: State) -> np.random.RandomState:
+    """Make the global torch RNG and the returned numpy RNG a function of seed, process and step: a resumed run draws what it would have drawn.
+
+    After a back-off the draws are others, so that what went wrong need not happen again.
+    """
+    seed = options.seed * options.num_gpus + distributed.rank()  # as in the official code
+    words = np.random.SeedSequence([seed, state.batch_idx, state.backoffs]).generate_state(3)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
     return np.random.RandomState(words[2])
 
@@ -154,14 +144,18 @@ def training_loop(
 ) -> str:
     """Train `state` in place until the image, time or signal limit; returns the reason for which it stopped.
 
-    Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), snapshots.jsonl (their times), a
-    checkpoint, stats.jsonl. Networks are on `device`. bank: required for 'high-res'. start_time: time.time() at which the budget
-    max_seconds began. resume: continue from the checkpoint.
+    Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), snapshots.jsonl (their times),
+    checkpoints, stats.jsonl. Networks are on `device`. bank: required for 'high-res'. start_time: time.monotonic() at which the budget
+    max_seconds began. resume: continue from the checkpoint. Of several processes (see distributed.py) each calls it; the first one writes.
+    Raises UserError if training diverges again after it has gone back to the last checkpoint.
     """
-    start_time = time.time() if start_time is None else start_time
+    start_time = time.monotonic() if start_time is None else start_time
+    main = distributed.rank() == 0
     for net in (state.G, state.D):
         net.train().requires_grad_(False)
     state.G_ema.eval().requires_grad_(False)
+    for net in (state.G, state.D, state.G_ema):
+        distributed.copy_from_main_([*net.parameters(), *net.buffers()])
     if options.train == 'high-res':
         state.G.eval()  # The mapping is frozen, w_avg with it.
 
@@ -182,39 +176,44 @@ def training_loop(
     names = trained_names(state, options)
     trained = {key: [p for name, p in net.named_parameters() if name in names[key]] for key, net in [('G', state.G), ('D', state.D)]}
     phase_list = phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
-    live = checkpoint.Live(state, game, {phase.name[0]: phase.optimizer for phase in phase_list}, bank)
-    if resume:
-        checkpoint.load(run_dir, live)
-    data = batches(dataset, options.batch_size, options.seed, state.cur_nimg, device, workers)
+    live = checkpoint.Live(state, game, {phase.name[0]: phase.optimizer for phase in phase_list}, bank, collector)
 
-    session_start, earlier_seconds = time.time(), state.elapsed_seconds
-    tick_start, tick_start_nimg, maintenance_seconds = time.time(), state.cur_nimg, time.time() - start_time
-    with (contextlib.closing(stats.StatsWriter(run_dir)) as writer, StopRequest() as stop,
-          Progress(options.total_kimg, options.max_seconds, start_time - earlier_seconds) as progress):
-        def elapsed_seconds() -> float:
-            return earlier_seconds + time.time() - start_time
+    def load_checkpoint() -> Iterator[phases.Batch]:
+        checkpoint.load(run_dir, live, echo)
+        if main:
+            checkpoint.forget_after(run_dir, state.cur_nimg)
+        return batches(dataset, options, state.cur_nimg, device, workers)
 
-        def limit_reached() -> str | None:
-            if state.cur_nimg >= options.total_kimg * 1000:
-                return f'{options.total_kimg:g} kimg reached'
-            if options.max_seconds is not None and elapsed_seconds() >= options.max_seconds:
-                return f'time budget of {stats.format_time(options.max_seconds)} used'
-            return f'{stop.received} received' if stop.received else None
+    def back_off(found: list[str], before: dict) -> Iterator[phases.Batch]:
+        live.in_step = True  # There is nothing to rescue.
+        if state.backoffs or not distributed.from_main(checkpoint.files, run_dir):
+            raise UserError(faults.diagnosis(found, before, state, options))
+        echo(f'WARNING: training diverged at {state.cur_nimg / 1000:.2f} kimg: {"; ".join(found)}. Going back to the last checkpoint, once, and on '
+             'with other random numbers.')
+        data = load_checkpoint()
+        state.backoffs += 1
+        live.in_step = False
+        return data
 
-        def snapshots_due() -> int:
-            return int(elapsed_seconds() / options.snapshot_seconds) if options.snapshot_seconds else 0
+    data = load_checkpoint() if resume else batches(dataset, options, 0, device, workers)
+    session_start = tick_start = time.monotonic()
+    maintenance_seconds = tick_start - start_time
+    with (contextlib.ExitStack() as stack, StopRequest() as stop,
+          Progress(options.total_kimg, options.max_seconds, start_time - state.elapsed_seconds, shown=main) as progress):
+        writer = stack.enter_context(contextlib.closing(stats.StatsWriter(run_dir))) if main else None
+        limits = faults.Limits(options, stop, start_time, state.elapsed_seconds)
+        stack.enter_context(faults.rescue(run_dir, live, options.keep_checkpoints, echo))
 
-        snapshots_made = snapshots_due()
-
-        reason = limit_reached() if resume else None  # A new run makes at least one step, so that there is something to save.
+        reason = limits.check(state.cur_nimg)[0] if resume else None  # A new run makes at least one step, so that there is something to save.
         while reason is None:
             # Data.
-            rnd = seed_step(options.seed, state.batch_idx)
+            rnd = seed_step(options, state)
             real = next(data)
+            live.in_step = True
 
             # Gradients and optimiser steps. Latents are drawn for every phase of every batch, used or not, as in the official code.
             for phase in phase_list:
-                latents = source.draw(random_labels(dataset, rnd, options.batch_size, device))
+                latents = source.draw(random_labels(dataset, rnd, options.batch_rank, device))
                 if state.batch_idx % phase.interval == 0:
                     phase_start = time.perf_counter()
                     phases.run_phase(phase, latents, real, options.batch_gpu)
@@ -232,47 +231,60 @@ def training_loop(
             # Augmentation strength.
             if state.batch_idx % options.ada_interval == 0:
                 if options.ada_target is not None:
+                    distributed.sum_(state.real_signs)
                     sign_mean = float(state.real_signs[0] / state.real_signs[1])
                     state.augment_pipe.p.fill_(ada.adjust_p(
                         float(state.augment_pipe.p), sign_mean, options.ada_target, options.batch_size, options.ada_interval, options.ada_kimg))
                 state.real_signs.zero_()
 
             # Reasons to stop.
-            reason = limit_reached()
+            live.in_step = False
+            reason, snapshot = limits.check(state.cur_nimg)
             progress.update(state.cur_nimg / 1000, collector)
-            due = snapshots_due() > snapshots_made
-            if reason is None and state.cur_tick != 0 and not due and state.cur_nimg < tick_start_nimg + options.kimg_per_tick * 1000:
+            if reason is None and state.cur_tick != 0 and not snapshot and state.cur_nimg < state.tick_start_nimg + options.kimg_per_tick * 1000:
                 continue
 
-            # Tick: status line, statistics.
-            now = time.time()
-            state.elapsed_seconds = elapsed_seconds()
-            _report_tick(collector, state, now - tick_start, state.cur_nimg - tick_start_nimg, maintenance_seconds, device)
-            collector.update()
-            progress.echo(_status_line(collector), echo)
-            writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
+            # Tick: statistics, health, status line.
+            now = time.monotonic()
+            state.elapsed_seconds = limits.elapsed_seconds()
+            before = collector.as_dict()
+            _report_tick(collector, state, now - tick_start, maintenance_seconds, device)
+            with distributed.exchange():
+                collector.update()
+            found = faults.symptoms(collector.as_dict(), live.modules)
+            if found:
+                data, reason = back_off(found, before), None
+                continue
+            snapshot = snapshot or reason is not None or state.cur_tick % options.snapshot_ticks == 0
+            state.cur_tick += 1
+            state.tick_start_nimg = state.cur_nimg
+            if main:
+                progress.echo(_status_line(collector), echo)
+                writer.write(collector.as_dict(), cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
 
             # Snapshot: picture, pickle, checkpoint.
-            if reason is not None or due or state.cur_tick % options.snapshot_ticks == 0:
-                snapshots_made = snapshots_due()
-                name = f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
-                samples = sample_grid(state.G_ema, grid, options.batch_gpu, **block_kwargs)
-                save_image_grid(samples, run_dir / f'fakes{name}.png', (-1, 1), grid.size)
-                save_network(run_dir / f'network-snapshot-{name}.pkl', state)
-                entry = {'pkl': f'network-snapshot-{name}.pkl', 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
-                with open(run_dir / 'snapshots.jsonl', 'a', encoding='utf-8') as f:
-                    f.write(json.dumps(entry) + '\n')
-                state.cur_tick += 1
-                checkpoint.save(run_dir, live)
-            else:
-                state.cur_tick += 1
-            tick_start, tick_start_nimg = time.time(), state.cur_nimg
+            if snapshot:
+                if main:
+                    _save_snapshot(run_dir, state, grid, options, save_network)
+                checkpoint.save(run_dir, live, options.keep_checkpoints)
+            tick_start = time.monotonic()
             maintenance_seconds = tick_start - now
-    echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.time() - session_start)}.')
+    echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.monotonic() - session_start)}.')
     return reason
 
 
-def _report_tick(collector, state: State, seconds: float, nimg: int, maintenance_seconds: float, device: torch.device) -> None:
+def _save_snapshot(run_dir: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:
+    name = f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
+    samples = sample_grid(state.G_ema, grid, options.batch_gpu, force_fp32=options.force_fp32)
+    save_image_grid(samples, run_dir / f'fakes{name}.png', (-1, 1), grid.size)
+    save_network(run_dir / f'network-snapshot-{name}.pkl', state)
+    entry = {'pkl': f'network-snapshot-{name}.pkl', 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
+    with open(run_dir / 'snapshots.jsonl', 'a', encoding='utf-8') as f:
+        f.write(json.dumps(entry) + '\n')
+
+
+def _report_tick(collector, state: State, seconds: float, maintenance_seconds: float, device: torch.device) -> None:
+    nimg = state.cur_nimg - state.tick_start_nimg
     for name, value in {
             'Progress/tick': state.cur_tick, 'Progress/kimg': state.cur_nimg / 1000,
             'Progress/augment': float(state.augment_pipe.p) if state.augment_pipe is not None else 0.0,

@@ -1,10 +1,12 @@
 """The main job: an official pickle and a folder of images in, an adapted official pickle out."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import tqdm
 
 from m2m_stylegan import bank as feature_bank
-from m2m_stylegan import checkpoint, downloads, features, networks, phases, run_dir, slicing, snapshots
+from m2m_stylegan import distributed, downloads, faults, features, locks, networks, phases, resume, run_dir, slicing, snapshots
 from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
 from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
@@ -92,9 +94,14 @@ def check_match(G, dataset: ImageDataset) -> None:
         raise UserError(f'{dataset.path} does not fit the network:\n' + '\n'.join(f'  * {problem}' for problem in problems))
 
 
+def group_size(D) -> int | None:
+    """Number of images that D's minibatch standard deviation compares; None: all."""
+    return D.b4.mbstd.group_size if D.b4.mbstd is not None else 1
+
+
 def check_group(D, batch_gpu: int) -> None:
     """Raise UserError if D's minibatch standard deviation cannot divide a batch of batch_gpu images into its groups."""
-    group = D.b4.mbstd.group_size if D.b4.mbstd is not None else 1
+    group = group_size(D)
     if group and batch_gpu % min(group, batch_gpu):
         raise UserError(f'{batch_gpu} images per forward pass (--batch, --batch-gpu) cannot be divided into the groups of {group} images that this '
                         f'discriminator compares; choose at most {group}, or a multiple of {group}.')
@@ -104,7 +111,7 @@ def run_description(job: Job) -> str:
     """Name of the run directory behind its number."""
     options = job.options
     return run_dir.describe(
-        job.dataset.name, cfg='auto', num_gpus=1, cond=options.cond, subset=options.subset, mirror=options.mirror, gamma=options.gamma,
+        job.dataset.name, cfg='auto', num_gpus=options.gpus, cond=options.cond, subset=options.subset, mirror=options.mirror, gamma=options.gamma,
         kimg=options.kimg, batch=options.batch, aug=None if options.aug == 'ada' else options.aug, p=options.p, target=options.target,
         augpipe=options.augpipe, resume='noresume' if job.snapshot is None else options.network, freezed=options.freezed or None,
         train=options.train, slice_at=job.loop.slice_res)
@@ -115,7 +122,7 @@ def training_options(job: Job, directory: Path) -> dict:
     options, loop = job.options, job.loop
     opt = {'class_name': 'torch.optim.Adam', 'lr': loop.G_lr, 'betas': [0.0, 0.99], 'eps': 1e-8}
     content = {
-        'num_gpus': 1, 'image_snapshot_ticks': loop.snapshot_ticks, 'network_snapshot_ticks': loop.snapshot_ticks, 'metrics': [],
+        'num_gpus': options.gpus, 'image_snapshot_ticks': loop.snapshot_ticks, 'network_snapshot_ticks': loop.snapshot_ticks, 'metrics': [],
         'random_seed': options.seed, 'training_set_kwargs': job.dataset_kwargs,
         'data_loader_kwargs': {'pin_memory': True, 'num_workers': options.workers, 'prefetch_factor': 2},
         'G_kwargs': {'class_name': 'training.networks.Generator', **(job.G_kwargs or {})},
@@ -133,7 +140,7 @@ def training_options(job: Job, directory: Path) -> dict:
               'data': None if options.data is None else str(Path(options.data).resolve()),
               'network': 'none' if job.network_path is None else str(job.network_path.resolve())}
     content['m2m'] = {'options': stored, 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
-                      'network_sha256': None if job.snapshot is None else job.snapshot.sha256}
+                      'job': os.environ.get('TORCHELASTIC_RUN_ID'), **resume.made_from(job)}
     return content
 
 
@@ -172,7 +179,8 @@ def make_grid(job: Job, G, directory: Path) -> Grid:
     size, indices = snapshot_grid(job.dataset)
     if job.device.type == 'cpu':
         size, indices = corner_of(size, indices)
-    save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
+    if distributed.rank() == 0:
+        save_image_grid(np.stack([job.dataset[i][0] for i in indices]), directory / 'reals.png', (0, 255), size)
     generator = torch.Generator().manual_seed(job.options.seed)
     z = torch.randn([len(indices), G.z_dim], generator=generator).to(job.device)
     c = torch.from_numpy(job.dataset.get_labels(indices)).to(job.device)
@@ -205,46 +213,85 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     root = Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir()
     directory = root / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{digest}'
     echo(f'Feature cache: {num_items} latents of {item_bytes / 1024:.0f} KiB in {directory}')
-    with tqdm.tqdm(total=num_items, unit='latent', desc='Caching low-res features', leave=False, dynamic_ncols=True) as progress:
+    with progress_bar(total=num_items, unit='latent', desc='Caching low-res features') as progress:
         cache = features.write(
             directory, fingerprint, num_items, lambda start, stop: make(start // chunk_items, dtype), batch_size=chunk_items,
-            shard_items=max((64 << 20) // item_bytes // chunk_items, 1) * chunk_items, progress=progress.update)
+            shard_items=max((64 << 20) // item_bytes // chunk_items, 1) * chunk_items, rank=distributed.rank(), num_replicas=distributed.world_size(),
+            progress=progress.update)
     return feature_bank.Bank(cache.resident(job.device), lambda chunk: make(chunk, dtype))
 
 
-def run(options: TransferOptions, echo: Callable[[str], None] = print) -> Path | None:
-    """Do the whole job; returns the run directory (None for a dry run). Raises UserError for anything that the user can mend."""
-    start_time = time.time()
-    resume_dir = find_run(options)
+def run(options: TransferOptions, echo: Callable[[str], None] = print, command: list[str] | None = None) -> Path | None:
+    """Do the whole job; returns the run directory (None for a dry run). Raises UserError for anything that the user can mend.
+
+    command: what to execute in each of several processes (options.gpus), if this one has not been started as one of them; it leads here again.
+    """
+    check_options(options)
+    if options.gpus > 1 and not distributed.launched() and not options.dry_run:
+        if command is None:
+            raise UserError(f'--gpus={options.gpus}: start it by tools/transfer.py or torchrun')
+        distributed.launch(options.gpus, command)
+        return None
+    start_time = time.monotonic()
+    with distributed.session():
+        main = distributed.rank() == 0
+        return run_process(match_processes(options), start_time, echo if main else lambda text: None)
+
+
+def match_processes(options: TransferOptions) -> TransferOptions:
+    """The options for as many processes as torchrun has started."""
+    if options.gpus not in (1, distributed.world_size()) and not options.dry_run:
+        raise UserError(f'--gpus={options.gpus}, but {distributed.world_size()} processes were started: leave --gpus out with torchrun')
+    return dataclasses.replace(options, gpus=max(distributed.world_size(), options.gpus))
+
+
+def run_process(options: TransferOptions, start_time: float, echo: Callable[[str], None]) -> Path | None:
+    """What each process does. Process 0 makes the files, and `echo` of the others is mute."""
+    resume_dir = distributed.from_main(resume.find_run, options)
     if resume_dir is not None:
-        options = resumed_options(options, resume_dir)
+        options = resume.resumed_options(options, resume_dir)
     job = plan(options)
     if resume_dir is not None:
-        check_same_network(job, resume_dir)
+        resume.check_same_files(job, resume_dir)
     if options.dry_run:
         echo(json.dumps(training_options(job, resume_dir or Path(options.outdir) / f'?????-{run_description(job)}'), indent=2))
         echo('Dry run; nothing was written.')
         return None
-    directory = resume_dir or run_dir.next_run_dir(options.outdir, run_description(job))
-    content = training_options(job, directory)
-    run_dir.write_json(directory / 'training_options.json', content)
-    with run_dir.log_to(directory / 'log.txt'):
-        echo('Training options:\n' + json.dumps(content, indent=2))
+    directory = resume_dir or distributed.from_main(run_dir.next_run_dir, options.outdir, run_description(job))
+    with faults.explained(directory, job.loop, group_size(job.snapshot.D) if job.snapshot else 4), contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(locks.exclusive(directory / '.lock', busy=f'{directory} is being trained by another process.'))
+            clear_remains(directory)
+            content = training_options(job, directory)
+            run_dir.write_json(directory / 'training_options.json', content)
+            stack.enter_context(run_dir.log_to(directory / 'log.txt'))
+            echo('Training options:\n' + json.dumps(content, indent=2))
         train_job(job, directory, resume_dir is not None, start_time, echo)
     return directory
 
 
-def train_job(job: Job, directory: Path, resume: bool, start_time: float, echo: Callable[[str], None]) -> None:
+def clear_remains(directory: Path) -> None:
+    """Remove the temporary files of `atomic_write` that a killed process has left; the lock of the directory is held."""
+    for path in directory.glob('.*.tmp.*'):
+        path.unlink()
+
+
+def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo: Callable[[str], None]) -> None:
     """Networks, cache, training, pictures, in `directory`."""
+    main = distributed.rank() == 0
     if job.device.type == 'cuda':
+        torch.cuda.set_device(job.device)
         torch.backends.cudnn.benchmark = not job.options.nobench
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.options.allow_tf32
-    job.dataset.in_memory(progress=functools.partial(tqdm.tqdm, desc='Reading images', unit='img', leave=False, dynamic_ncols=True))
+    if job.options.resume is not None and not resumed:
+        echo(f'--resume={job.options.resume}: weights alone, as in the official --resume. Not in a network pickle, and so started afresh: optimiser '
+             'moments, augmentation strength, path length mean, counters, order of images, random numbers.')
+    job.dataset.in_memory(progress=functools.partial(progress_bar, desc='Reading images', unit='img'))
     state = build_state(job)
     grid = make_grid(job, state.G_ema, directory)
     kwargs = {'force_fp32': job.loop.force_fp32}
-    before = sample_grid(state.G_ema.eval(), grid, job.loop.batch_gpu, **kwargs)
-    if not resume:
+    before = sample_grid(state.G_ema.eval(), grid, job.loop.batch_gpu, **kwargs) if main else None
+    if main and not resumed:
         save_image_grid(before, directory / 'fakes_init.png', (-1, 1), grid.size)
     bank = open_bank(job, state.G_ema, echo) if job.loop.train == 'high-res' else None
     echo(describe_blocks(job, state))
@@ -254,10 +301,16 @@ def train_job(job: Job, directory: Path, resume: bool, start_time: float, echo: 
                        like=job.snapshot)
 
     training_loop(run_dir=directory, state=state, dataset=job.dataset, options=job.loop, grid=grid, save_network=save_network, bank=bank,
-                  device=job.device, workers=job.options.workers, start_time=start_time, resume=resume, echo=echo)
-    save_before_after(job, directory, before, sample_grid(state.G_ema, grid, job.loop.batch_gpu, **kwargs))
-    newest = max(directory.glob('network-snapshot-*.pkl'))
-    echo(f'Result:  {newest}\nPicture: {directory / "before-after.png"}')
+                  device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
+    if main:
+        save_before_after(job, directory, before, sample_grid(state.G_ema, grid, job.loop.batch_gpu, **kwargs))
+        newest = json.loads((directory / 'snapshots.jsonl').read_text(encoding='utf-8').splitlines()[-1])['pkl']
+        echo(f'Result:  {directory / newest}\nPicture: {directory / "before-after.png"}')
+
+
+def progress_bar(*args, **kwargs) -> tqdm.tqdm:
+    """A bar that is gone when done; only process 0 shows it."""
+    return tqdm.tqdm(*args, leave=False, dynamic_ncols=True, disable=distributed.rank() != 0, **kwargs)
 
 
 def describe_blocks(job: Job, state: State) -> str:
@@ -276,39 +329,3 @@ def save_before_after(job: Job, directory: Path, before: torch.Tensor, after: to
     factor = max(job.dataset.resolution // PANEL_PIXELS, 1)
     panels = [(caption, torch.nn.functional.avg_pool2d(images, factor)) for caption, images in panels]
     save_panels(directory / 'before-after.png', panels, columns=4)
-
-
-def find_run(options: TransferOptions) -> Path | None:
-    """The run directory that --resume means, or None if it means a pickle or is absent."""
-    names_pickle = options.resume is None or options.resume.endswith('.pkl') or '://' in options.resume
-    if names_pickle or options.resume in downloads.OFFICIAL_PICKLES:
-        return None
-    if options.resume == 'latest':
-        runs = sorted(path.parent for path in Path(options.outdir).glob(f'*/{checkpoint.FILE_NAME}'))
-        if not runs:
-            raise UserError(f'--resume=latest: no run directory in {options.outdir} holds a checkpoint.')
-        return runs[-1]
-    if not Path(options.resume).is_dir():
-        raise UserError(f'--resume={options.resume}: expected a run directory, "latest", or a network pickle.')
-    return Path(options.resume)
-
-
-def check_same_network(job: Job, directory: Path) -> None:
-    """Raise UserError if the pickle that the run started from has changed since: its frozen blocks fill the feature bank."""
-    stored = json.loads((directory / 'training_options.json').read_text(encoding='utf-8'))['m2m']['network_sha256']
-    found = None if job.snapshot is None else job.snapshot.sha256
-    if found != stored:
-        raise UserError(f'--resume: the run in {directory} started from a pickle with SHA-256 {stored}, {job.network_path} now has {found}. '
-                        'Put the original file back, or start a new run.')
-
-
-def resumed_options(options: TransferOptions, directory: Path) -> TransferOptions:
-    """The options that the run was started with; only the limits --kimg and --minutes and where to run are taken from the new command line."""
-    path = directory / 'training_options.json'
-    try:
-        stored = json.loads(path.read_text(encoding='utf-8'))['m2m']['options']
-        old = TransferOptions(**stored)
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise UserError(f'--resume: {path} is missing or is not from this tool ({err}).') from err
-    fresh = {name: getattr(options, name) for name in ('kimg', 'minutes') if getattr(options, name) is not None}
-    return dataclasses.replace(old, **fresh, device=options.device, workers=options.workers, resume=str(directory), dry_run=options.dry_run)

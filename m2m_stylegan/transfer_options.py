@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from m2m_stylegan import phases
+from m2m_stylegan import distributed, phases
 from m2m_stylegan.bank import CHUNK_ITEMS
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
@@ -46,6 +46,7 @@ class TransferOptions:
     metrics: str = 'none'
     seed: int = 0
     workers: int = 3
+    gpus: int = 1
     device: str = 'auto'
     nhwc: bool = False
     allow_tf32: bool = False
@@ -74,7 +75,8 @@ def check_options(options: TransferOptions) -> None:
     need(options.aug == 'ada' or options.target is None, '--target is only used with --aug=ada')
     need(options.target is None or 0 <= options.target <= 1, f'--target={options.target} must lie in [0, 1]')
     need(options.aug != 'noaug' or options.augpipe is None, '--augpipe has no meaning with --aug=noaug')
-    need(options.train != 'full' or options.slice is None, '--slice cuts the networks for --train=high-res and low-res; --train=full trains everything')
+    need(options.train != 'full' or options.slice is None,
+         '--slice cuts the networks for --train=high-res and low-res; --train=full trains everything')
     need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
     need(options.train == 'low-res' or not options.no_bypass, f'--no-bypass is only used with --train=low-res, not with --train={options.train}')
     need(options.train != 'low-res' or options.no_bypass, '--train=low-res runs the frozen high-res blocks in this version: say so with --no-bypass')
@@ -83,7 +85,7 @@ def check_options(options: TransferOptions) -> None:
     need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
     for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
         need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
-    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank'):
+    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank', 'gpus'):
         value = getattr(options, name)
         need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
     for name in ('gamma', 'ema_rampup'):
@@ -99,19 +101,27 @@ def check_options(options: TransferOptions) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:N' => device. Raises UserError if it is not there."""
+    """'auto', 'cpu', 'cuda' or 'cuda:N' => device; of several processes on a machine, each gets the GPU of its own number.
+
+    Raises UserError if it is not there.
+    """
     if name == 'auto':
-        return torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(name)
     except RuntimeError as err:
         raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N') from err
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device={name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. '
-                        'Install a CUDA build of PyTorch, or use --device=cpu.')
     if device.type not in ('cpu', 'cuda'):
         raise UserError(f'--device={name}: expected auto, cpu, cuda or cuda:N')
-    return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
+    if device.type == 'cpu':
+        return device
+    if device.index is not None and distributed.launched():
+        raise UserError(f'--device={name} with several processes: every process has its own GPU; choose GPUs with CUDA_VISIBLE_DEVICES')
+    index = distributed.local_rank() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f'--device={name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices, number {index} was asked for. '
+                        'Install a CUDA build of PyTorch, ask for fewer --gpus, or use --device=cpu.')
+    return torch.device('cuda', index)
 
 
 def slice_of(options: TransferOptions, resolution: int) -> int:
@@ -120,24 +130,27 @@ def slice_of(options: TransferOptions, resolution: int) -> int:
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
-    """The official `auto` configuration for one GPU, with overrides; on a CPU smaller batches and shorter ticks.
+    """The official `auto` configuration for options.gpus GPUs, with overrides; on a CPU smaller batches and shorter ticks.
 
     As in the official --resume, fine-tuning of the whole network keeps the moving average's full half-life from the start. Training of a part
     begins with a short one: its runs can be shorter than that half-life, and the average would still show the source. `--ema-rampup` overrides
     both, so that short runs can be compared.
     """
     on_cpu, scratch = device.type == 'cpu', options.network == 'none'
-    batch = options.batch or min(max(min(4096 // resolution, 32), 1), 16 if on_cpu else 32)
-    batch_gpu = min(options.batch_gpu or batch, batch)
-    if batch % batch_gpu:
-        raise UserError(f'--batch={batch} must be a multiple of --batch-gpu={batch_gpu}.')
+    gpus = options.gpus
+    batch = options.batch or max(min(gpus * min(4096 // resolution, 16 if on_cpu else 32), 64), gpus)
+    if batch % gpus:
+        raise UserError(f'--batch={batch} must be a multiple of --gpus={gpus}.')
+    batch_gpu = min(options.batch_gpu or batch, batch // gpus)
+    if batch // gpus % batch_gpu:
+        raise UserError(f'--batch={batch} must be a multiple of --batch-gpu={batch_gpu}' + (f' times --gpus={gpus}.' if gpus > 1 else '.'))
     lr = options.lr or (0.002 if resolution >= 1024 else 0.0025)
     gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
     ema_rampup = (None if options.train == 'full' and not scratch else 0.05) if options.ema_rampup is None else options.ema_rampup or None
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
         train=options.train, d_trains=options.d_trains, freezed=options.freezed,
-        slice_res=None if options.train == 'full' else slice_of(options, resolution), seed=options.seed,
+        slice_res=None if options.train == 'full' else slice_of(options, resolution), seed=options.seed, num_gpus=gpus,
         batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
         snapshot_ticks=options.snap, snapshot_seconds=None if options.snap_minutes is None else options.snap_minutes * 60,

@@ -21,7 +21,7 @@ FLOORS = [
     {'phases', 'bank', 'checkpoint', 'faults', 'training_loop', 'evaluate'},
     {'transfer_options', 'resume', 'transfer', 'calc_metrics', 'generate', 'interpolate', 'project'},
     {'cells', 'scores', 'compare_plan', 'compare', 'report_data', 'report_figures', 'report', 'host', 'host_patches', 'host_patch_files',
-     'host_pickles', 'host_revisions', 'host_train'},
+     'host_pickles', 'host_revisions', 'host_stand_ins', 'host_train'},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts).removesuffix('.__init__'): path

@@ -1,73 +1,26 @@
 """The training loop: what moves, what stays, what is written, and that a resumed run is the uninterrupted one."""
 
 import copy
-import dataclasses
 import json
 import os
 import signal
-import threading
 import time
 
-import numpy as np
 import pytest
 import tiny
+import tiny_run
 import torch
+from tiny_run import CPU, options_for, start, train
 
-from m2m_stylegan import bank, checkpoint, features, phases, slicing
-from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
+from m2m_stylegan import bank, checkpoint, faults, slicing
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, training_loop
-
-CPU = torch.device('cpu')
-CHUNKS = 3
+from m2m_stylegan.training_loop import training_loop
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    return ImageDataset(tiny.dataset_zip(tmp_path / 'data.zip', num_classes=2), use_labels=True)
-
-
-def make_bank(G_ema, dataset, res):
-    def make(chunk):
-        def labels(chunk, num):
-            return random_labels(dataset, np.random.RandomState(chunk), num, CPU)
-
-        return bank.make_chunk(G_ema, res, labels, 0, chunk, 0.9, torch.float16)
-
-    chunks = [make(i) for i in range(CHUNKS)]
-    tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    specs = {name: features.TensorSpec(tuple(x.shape[1:]), x.dtype) for name, x in tensors.items()}
-    return bank.Bank(features.ResidentFeatures(specs, CHUNKS * bank.CHUNK_ITEMS, CPU, tensors), make)
-
-
-def start(dataset, options, architecture='skip'):
-    """State, bank and grid of a new run; the raw and the averaged generator differ, as in a real pickle."""
-    G, G_ema = (tiny.generator(16, c_dim=2, seed=seed, architecture=architecture) for seed in (0, 5))
-    D = tiny.discriminator(16, c_dim=2, architecture='resnet' if architecture == 'skip' else architecture)
-    pipe = AugmentPipe(**augpipe_kwargs('bgc')).requires_grad_(False)
-    pipe.p.fill_(0.3)
-    grid = Grid((2, 2), torch.randn([4, G.z_dim]), torch.eye(2).repeat(2, 1))
-    return State(G, D, G_ema, pipe), make_bank(G_ema, dataset, options.slice_res) if options.train == 'high-res' else None, grid
-
-
-def options_for(train, **changes):
-    options = LoopOptions(
-        train=train, slice_res=4 if train == 'high-res' else None, batch_size=4, batch_gpu=4, total_kimg=0.040, kimg_per_tick=0.016,
-        snapshot_ticks=1, ada_target=0.6, ada_kimg=1, refresh_interval=2, ema_rampup=None,
-        loss=phases.LossOptions(r1_gamma=1, G_reg_interval=2, D_reg_interval=3))
-    return dataclasses.replace(options, **changes)
-
-
-def train(run_dir, dataset, options, *, resume=False, architecture='skip', saved=None):
-    run_dir.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    state, the_bank, grid = start(dataset, options, architecture)
-    saved = [] if saved is None else saved
-    reason = training_loop(
-        run_dir=run_dir, state=state, dataset=dataset, options=options, grid=grid, bank=the_bank, device=CPU, resume=resume,
-        save_network=lambda path, state: saved.append(path.name), echo=lambda text: None)
-    return state, reason
+    return tiny_run.dataset(tmp_path / 'data.zip')
 
 
 @pytest.mark.parametrize('architecture', ['skip', 'resnet', 'orig'])
@@ -90,29 +43,53 @@ def test_trained_tensors_move_and_frozen_ones_are_bit_identical(tmp_path, datase
         assert all(param.dtype == torch.float32 and torch.isfinite(param).all() for param in new.parameters())
 
 
-@pytest.mark.parametrize('mode', ['full', 'high-res'])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset, mode):
-    """Bit for bit: weights, moving averages, optimiser moments, ADA's p, path length mean, feature bank."""
-    whole, _ = train(tmp_path / 'whole', dataset, options_for(mode, total_kimg=0.080))
-    train(tmp_path / 'parts', dataset, options_for(mode, total_kimg=0.040))
-    resumed, _ = train(tmp_path / 'parts', dataset, options_for(mode, total_kimg=0.080), resume=True)
-    for key in ['G', 'D', 'G_ema', 'augment_pipe']:
-        for name, tensor in getattr(whole, key).state_dict().items():
-            assert torch.equal(tensor, getattr(resumed, key).state_dict()[name]), f'{key}.{name}'
-    first, second = (torch.load(tmp_path / run / checkpoint.FILE_NAME, weights_only=True) for run in ('whole', 'parts'))
-    for content in (first, second):  # The stop at 40 images closed a tick of its own.
-        assert (content['counters']['cur_nimg'], content['counters']['batch_idx']) == (80, 20)
-    assert torch.equal(first['pl_mean'], second['pl_mean']) and float(first['pl_mean']) > 0
-    for net in 'GD':
-        for i, moments in first['optimizers'][net]['state'].items():
-            assert all(torch.equal(value, second['optimizers'][net]['state'][i][k]) for k, value in moments.items())
+@pytest.mark.parametrize('mode', ['full', 'high-res', 'low-res'])
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset, monkeypatch, mode):
+    """Bit for bit: weights, moving averages, optimiser moments, ADA's p, path length mean, feature bank, and the statistics."""
+    options = options_for(mode, total_kimg=0.064, snapshot_ticks=2)
+    train(tmp_path / 'whole', dataset, options)
+    tiny_run.kill_at_step(monkeypatch, 14)  # the tick that ended with step 12 has no snapshot and will be trained again
+    with pytest.raises(tiny_run.Killed):
+        train(tmp_path / 'parts', dataset, options)
+    with open(tmp_path / 'parts' / 'stats.jsonl', 'a') as f:  # what a kill in mid-write leaves
+        f.write('{"Loss/sco')
+    resumed, reason = train(tmp_path / 'parts', dataset, options, resume=True)
+    assert reason == '0.064 kimg reached' and resumed.cur_nimg == 64
+    tiny_run.assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    content = checkpoint.read(tmp_path / 'whole' / checkpoint.FILE_NAME)
+    assert float(content['ranks']['0']['pl_mean']) > 0 and float(content['modules']['augment_pipe']['p']) != 0.3
+    assert ('bank' in content) == (mode == 'high-res')
+    lines = [json.loads(line) for line in (tmp_path / 'parts' / 'snapshots.jsonl').read_text().splitlines()]
+    assert [line['cur_nimg'] for line in lines] == [4, 36, 64]
+
+
+def test_run_stopped_in_mid_tick_goes_on_with_the_same_ticks(tmp_path, dataset, monkeypatch):
+    """An error between two steps: nothing is lost, and nobody can tell afterwards."""
+    options = options_for('full', total_kimg=0.048)
+    train(tmp_path / 'whole', dataset, options)
+    original, calls = ImageDataset.__getitem__, []
+
+    def getitem(self, idx):
+        calls.append(idx)
+        if len(calls) == 7 * 4 + 1:
+            raise UserError('image 7 is damaged')
+        return original(self, idx)
+
+    monkeypatch.setattr(ImageDataset, '__getitem__', getitem)
+    told = []
+    with pytest.raises(UserError, match='image 7'):
+        train(tmp_path / 'parts', dataset, options, echo=told.append)
+    assert told[-1] == 'The state at 0.03 kimg has been saved.'
+    assert int(checkpoint.read(tmp_path / 'parts' / checkpoint.FILE_NAME)['counters']['batch_idx']) == 7
+    train(tmp_path / 'parts', dataset, options, resume=True)
+    tiny_run.assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 def test_files_of_a_run(tmp_path, dataset):
     saved = []
-    train(tmp_path / 'run', dataset, options_for('full', snapshot_ticks=2), saved=saved)
+    train(tmp_path / 'run', dataset, options_for('full', snapshot_ticks=2), save_network=lambda path, state: saved.append(path.name))
     names = sorted(path.name for path in (tmp_path / 'run').iterdir() if 'tfevents' not in path.name)
-    assert names == ['fakes000000.png', checkpoint.FILE_NAME, 'snapshots.jsonl', 'stats.jsonl']
+    assert names == ['fakes000000.png', 'm2m-checkpoint.1.safetensors', checkpoint.FILE_NAME, 'snapshots.jsonl', 'stats.jsonl']
     assert saved == ['network-snapshot-000000.pkl'] * 3  # tick 0, tick 2, the end
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'stats.jsonl').read_text().splitlines()]
     assert [line['Progress/kimg']['mean'] for line in lines] == [0.004, 0.020, 0.036, 0.040]
@@ -141,18 +118,32 @@ def test_low_res_blocks_do_not_run_between_refreshes(tmp_path, dataset, monkeypa
                   save_network=lambda path, state: None, echo=lambda text: None)
 
 
-def test_signal_saves_and_stops(tmp_path, dataset):
-    def send():
-        while not (tmp_path / 'run' / checkpoint.FILE_NAME).exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize('number', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_signal_saves_and_stops_within_a_step(tmp_path, dataset, number):
+    """As a cluster does it: the same signal twice at once, from two sides."""
+    seen = []
 
-    saved = []
-    threading.Thread(target=send, daemon=True).start()
-    state, reason = train(tmp_path / 'run', dataset, options_for('full', total_kimg=1000, snapshot_ticks=10**6), saved=saved)
-    assert reason == 'SIGTERM received'
-    assert len(saved) == 2 and 0 < state.cur_nimg < 10**6
-    assert torch.load(tmp_path / 'run' / checkpoint.FILE_NAME, weights_only=True)['counters']['cur_nimg'] == state.cur_nimg
+    def save_network(path, state):
+        seen.append(state.cur_nimg)
+        if len(seen) == 1:  # in the snapshot after the first step
+            os.kill(os.getpid(), signal.Signals[number])
+            os.kill(os.getpid(), signal.Signals[number])
+
+    _, reason = train(tmp_path / 'run', dataset, options_for('full', total_kimg=1000, snapshot_ticks=10**6), save_network=save_network)
+    assert reason == f'{number} received' and seen == [4, 8]
+    assert int(checkpoint.read(tmp_path / 'run' / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 8
+
+
+def test_a_later_second_signal_interrupts_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    with faults.StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        now[0] += 1.5
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_time_budget_stops(tmp_path, dataset):
@@ -168,30 +159,21 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, dataset):
     assert (tmp_path / 'run' / checkpoint.FILE_NAME).read_bytes() == before
 
 
-def test_checkpoint_of_another_run_is_refused_with_all_differences(tmp_path, dataset):
-    train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.004))
-    with pytest.raises(UserError, match='feature bank(.|\n)*the optimiser of G holds'):
-        train(tmp_path / 'run', dataset, options_for('high-res'), resume=True)
-    path = tmp_path / 'run' / checkpoint.FILE_NAME
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match='is damaged'):
-        train(tmp_path / 'run', dataset, options_for('full'), resume=True)
-    path.unlink()
-    with pytest.raises(UserError, match='there is no m2m-checkpoint.pt'):
-        train(tmp_path / 'run', dataset, options_for('full'), resume=True)
-
-
 def test_bank_chunks_depend_on_their_number_alone(dataset):
     G = tiny.generator(16, c_dim=2)
-    first, second = make_bank(G, dataset, 4), make_bank(G, dataset, 4)
+    first, second = tiny_run.make_bank(G, dataset, 4), tiny_run.make_bank(G, dataset, 4)
     old = copy.deepcopy(first.features.tensors)
     torch.randn(7)  # what else is drawn must not matter
-    for _ in range(CHUNKS + 2):
+    for _ in range(tiny_run.CHUNKS + 2):
         first.refresh()
     assert all(not torch.equal(old[name], first.features.tensors[name]) for name in ('x', 'img', 'ws'))
     second.rewind(first.next_chunk)
     for name, value in first.features.tensors.items():
         assert torch.equal(value, second.features.tensors[name]), name
+    for _ in range(2):
+        second.refresh()
+    second.rewind(first.next_chunk)  # back
+    assert all(torch.equal(value, second.features.tensors[name]) for name, value in first.features.tensors.items())
     before = torch.random.get_rng_state()
     first.refresh()
     assert torch.equal(before, torch.random.get_rng_state())

@@ -2,13 +2,16 @@
 
 import json
 import re
+import resource
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner
 
-from m2m_stylegan import downloads, slicing, snapshots, transfer
+from m2m_stylegan import checkpoint, downloads, slicing, snapshots, transfer
 from m2m_stylegan.errors import UserError
 from tools.transfer import main
 
@@ -34,7 +37,7 @@ def test_high_res_transfer(tmp_path, files):
     assert directory.name == '00000-data-auto1-kimg0.016-batch4-resumecustom-m2m-high-res-slice8'
     written = {path.name for path in directory.iterdir() if 'tfevents' not in path.name}
     assert written == {'training_options.json', 'log.txt', 'reals.png', 'fakes_init.png', 'fakes000000.png', 'network-snapshot-000000.pkl',
-                       'stats.jsonl', 'snapshots.jsonl', 'm2m-checkpoint.pt', 'before-after.png'}
+                       'stats.jsonl', 'snapshots.jsonl', checkpoint.FILE_NAME, 'm2m-checkpoint.1.safetensors', 'before-after.png', '.lock'}
     before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
     for key in ['G', 'D', 'G_ema']:
         old, new = (getattr(snapshot, key).state_dict() for snapshot in (before, after))
@@ -102,8 +105,7 @@ def test_from_scratch_then_resume(tmp_path, files):
     result = run(tmp_path, resume='latest', kimg=0.032)
     assert result.exit_code == 0, result.output
     directory, = (tmp_path / 'runs').iterdir()
-    counters = torch.load(directory / 'm2m-checkpoint.pt', weights_only=True)['counters']
-    assert counters['cur_nimg'] == 32
+    assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 32
     whole = run(tmp_path, **{**shape, 'kimg': 0.032})
     assert whole.exit_code == 0
     other = max((tmp_path / 'runs').iterdir())
@@ -111,22 +113,76 @@ def test_from_scratch_then_resume(tmp_path, files):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_torchrun_restarting_the_command_resumes_the_run_of_this_job(tmp_path, files, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job 1')
+    assert run(tmp_path, **files, slice=8).exit_code == 0
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert run(tmp_path, **files, slice=8, kimg=0.02).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 20
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job 2')
+    assert run(tmp_path, **files, slice=8).exit_code == 0
+    assert len(list((tmp_path / 'runs').iterdir())) == 2
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"m2m": 3}', '{"m2m": {}}', '{"m2m": {"options": {"eval": "x"}}}', '[' * 100_000])
+def test_resume_of_a_directory_that_is_not_ours(tmp_path, content):
+    (tmp_path / 'training_options.json').write_text(content)
+    result = run(tmp_path, resume=tmp_path)
+    assert result.exit_code == 1 and 'not from this' in result.output and 'Traceback' not in result.output
+
+
 def test_resume_from_a_pickle_and_then_from_elsewhere(tmp_path, files, monkeypatch):
     """--resume=PKL takes its weights, and a later --resume=RUN must find that same pickle from another working directory."""
     monkeypatch.chdir(tmp_path)
     result = run(tmp_path, network='demo', data='data.zip', resume='source.pkl', slice=8)
     assert result.exit_code == 0, result.output
+    assert 'weights alone' in result.output and 'optimiser moments, augmentation strength, path length mean, counters' in result.output
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     result = run(tmp_path, resume='latest', kimg=0.032)
     assert result.exit_code == 0, result.output
     directory, = (tmp_path / 'runs').iterdir()
-    assert torch.load(directory / 'm2m-checkpoint.pt', weights_only=True)['counters']['cur_nimg'] == 32
+    assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 32
     before, after = snapshots.load(files['network']), snapshots.load(directory / 'network-snapshot-000000.pkl')
     assert torch.equal(before.G_ema.synthesis.b8.conv0.weight, after.G_ema.synthesis.b8.conv0.weight)
     snapshots.save(files['network'], G=tiny.generator(seed=7), D=tiny.discriminator(), G_ema=tiny.generator(seed=7))
     result = run(tmp_path, resume='latest', kimg=0.048)
-    assert result.exit_code == 1 and f'started from a pickle with SHA-256 {before.sha256}' in result.output
+    assert result.exit_code == 1 and f'source.pkl: {before.sha256} when the run was started' in result.output
+    assert 'data_fingerprint' not in result.output
+    tiny.dataset_zip(files['data'], seed=1)
+    result = run(tmp_path, resume='latest', kimg=0.048)
+    assert 'network_sha256 of ' in result.output and 'data_fingerprint of ' in result.output and 'start a new run' in result.output
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, files):
+    assert run(tmp_path, **files, slice=8).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    holder = subprocess.Popen([sys.executable, '-c', f'''import fcntl
+f = open({str(directory / '.lock')!r}, 'w')
+fcntl.lockf(f, fcntl.LOCK_EX)
+print('held', flush=True)
+input()'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b'held\n'
+        result = run(tmp_path, resume='latest', kimg=0.032)
+    assert result.exit_code == 1 and 'is being trained by another process' in result.output
+    (directory / '.m2m-checkpoint-abc.tmp.safetensors').write_bytes(b'left by kill -9')
+    assert run(tmp_path, resume='latest', kimg=0.032, batch_gpu=2).exit_code == 0
+    assert not list(directory.glob('.*.tmp*'))
+
+
+def test_a_disk_that_takes_no_more(tmp_path, files):
+    """The kernel refuses to let a file grow beyond 50 kB: no snapshot fits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        result = run(tmp_path, **files, train='full', bank=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    directory, = (tmp_path / 'runs').iterdir()
+    assert result.exit_code == 1 and f'cannot write {directory}' in result.output and 'File too large; make room' in result.output
+    assert 'Traceback' not in result.output and not list(directory.glob('*.pkl')) and not list(directory.glob('.*.tmp*'))
 
 
 def test_conditional_transfer(tmp_path):
@@ -156,7 +212,8 @@ def test_contradictions_are_listed_at_once(tmp_path):
     text = str(err.value)
     for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada',
                  '--augpipe has no meaning',
-                 '--slice cuts the networks for --train=high-res and low-res', '--bank is only used', '--cbase shapes a new network', '--kimg=0 must be positive',
+                 '--slice cuts the networks for --train=high-res and low-res', '--bank is only used', '--cbase shapes a new network',
+                 '--kimg=0 must be positive',
                  '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16', '--metrics=fid50k_full: this version evaluates no metrics']:
         assert part in text, part
 

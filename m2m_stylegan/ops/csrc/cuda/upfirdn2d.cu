@@ -103,7 +103,7 @@ public:
                 A done[F::kUpY][V];
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
-                    // Outputs that the step's rows contribute to, from the oldest; output j meets tap `newest - j * kDownY` of the last row.
+                    // Those that the rows of this step contribute to, the oldest first; the younger an output, the earlier the tap it meets.
                     A outputs[F::kPending + F::kUpY];
 #pragma unroll
                     for (int j = 0; j < F::kPending + F::kUpY; ++j) outputs[j] = j < F::kPending ? pending[j][e] : A(0);
