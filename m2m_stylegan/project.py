@@ -19,6 +19,7 @@ from m2m_stylegan import detectors, downloads, snapshots
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.files import atomic_write
 from m2m_stylegan.generate import Echo, class_label, device_of, open_generator, save_png
+from m2m_stylegan.image_files import open_image
 from m2m_stylegan.interpolate import as_rgb
 from m2m_stylegan.networks import Discriminator, Generator
 from m2m_stylegan.prepare_images import PrepareOptions, SkipImage, flatten, reshape
@@ -138,7 +139,7 @@ def read_target(path: str | os.PathLike, G: Generator) -> torch.Tensor:
     Raises UserError if it is not a readable image.
     """
     try:
-        with PIL.Image.open(path) as file:
+        with open(path, 'rb') as f, open_image(f) as file:
             opaque = flatten(file, 'white', 'L' if G.img_channels == 1 else 'RGB')
         img = reshape(opaque, PrepareOptions(width=G.img_resolution, height=G.img_resolution))
     except (OSError, ValueError, SyntaxError, SkipImage, PIL.Image.DecompressionBombError) as err:

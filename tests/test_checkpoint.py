@@ -208,7 +208,7 @@ def read_damaged(path, data):
         return None
 
 
-@settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '300')), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
+@settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '100')), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
           derandomize='M2M_FUZZ_EXAMPLES' not in os.environ, database=None)
 @given(edits=st.lists(st.tuples(st.sampled_from(['set', 'cut', 'insert', 'drop']), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
                       min_size=1, max_size=4))
@@ -233,7 +233,7 @@ entries = st.fixed_dictionaries({}, optional={'dtype': st.sampled_from(['F32', '
                                               'data_offsets': st.lists(st.integers(-1, 2**63), max_size=3) | json_values})
 
 
-@settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '300')), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
+@settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '100')), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
           derandomize='M2M_FUZZ_EXAMPLES' not in os.environ, database=None)
 @given(header=st.dictionaries(st.sampled_from(['modules|G|w', 'counters|cur_nimg', '__metadata__', '|', '']) | st.text(max_size=8),
                               entries | st.dictionaries(st.just('m2m_stylegan'), st.text(max_size=40)) | json_values, max_size=4),

@@ -19,7 +19,7 @@ from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-FUZZ = settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '200')), derandomize='M2M_FUZZ_EXAMPLES' not in os.environ, deadline=None,
+FUZZ = settings(max_examples=int(os.environ.get('M2M_FUZZ_EXAMPLES', '60')), derandomize='M2M_FUZZ_EXAMPLES' not in os.environ, deadline=None,
                 database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 edits = st.lists(st.tuples(st.sampled_from(['set', 'cut', 'insert', 'drop']), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
                  min_size=1, max_size=4)

@@ -114,7 +114,9 @@ def cuda_home() -> Path | None:
     """The CUDA toolkit that PyTorch would use."""
     nvcc = shutil.which('nvcc')
     candidates = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), nvcc and Path(nvcc).resolve().parents[1], '/usr/local/cuda']
-    return next((Path(path) for path in candidates if path and (Path(path) / 'bin' / 'nvcc').exists()), None)
+    # An nvcc on the path can be a wrapper script outside of the toolkit: the headers must be there too.
+    parts = ('bin/nvcc', 'include/cuda_runtime.h')
+    return next((Path(path) for path in candidates if path and all((Path(path) / part).exists() for part in parts)), None)
 
 
 def sources(kind: str) -> list[Path]:

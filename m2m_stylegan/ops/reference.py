@@ -35,7 +35,7 @@ def bias_act(x, b=None, dim=1, act='linear', alpha=None, gain=None, clamp=None):
     activation's default. clamp: None = no clamping; the gradient is zero where it clamps. Returns x's shape and dtype.
     """
     func, default_alpha, default_gain = ACTIVATIONS[act]
-    alpha = default_alpha if alpha is None else float(alpha)
+    alpha = default_alpha if alpha is None or act == 'relu' else float(alpha)
     gain = default_gain if gain is None else float(gain)
     clamp = None if clamp is None else float(clamp)
     if act in ('relu', 'lrelu') and alpha >= 0 and gain > 0:
