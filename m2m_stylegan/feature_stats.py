@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from m2m_stylegan import distributed
+from m2m_stylegan.feature_files import digest_of
 from m2m_stylegan.files import atomic_write
 from m2m_stylegan.image_sources import Compute
 from m2m_stylegan.metrics import check_features
@@ -126,7 +127,7 @@ class StatsCache:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, safetensors.SafetensorError):
             return None
-        if (metadata.get('key'), metadata.get('sha256')) != (_canonical(key), _digest(tensors)) or (keep and 'features' not in tensors):
+        if (metadata.get('key'), metadata.get('sha256')) != (_canonical(key), digest_of(tensors)) or (keep and 'features' not in tensors):
             return None
         return FeatureStats(int(tensors['num']), tensors['total'], tensors['outer'], tensors.get('features'))
 
@@ -134,7 +135,7 @@ class StatsCache:
         """Keep them, atomically. A full or read-only disk is only a warning: the statistics are at hand now."""
         tensors = {'num': torch.tensor(stats.num), 'total': stats.total, 'outer': stats.outer, 'features': stats.features}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        metadata = {'key': _canonical(key), 'sha256': _digest(tensors)}
+        metadata = {'key': _canonical(key), 'sha256': digest_of(tensors)}
         try:
             with atomic_write(self.path(key)) as tmp:
                 safetensors.torch.save_file(tensors, tmp, metadata)
@@ -145,11 +146,3 @@ class StatsCache:
 
 def _canonical(key: dict) -> str:
     return json.dumps(key, sort_keys=True)
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
