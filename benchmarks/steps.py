@@ -1,4 +1,4 @@
-"""Cost of a training step: full training with the compiled and with the plain operators, high-res against full, in one run.
+"""Cost of a training step: full training with the compiled and with the plain operators, high-res and low-res against full, in one run.
 
     python benchmarks/steps.py --resolution=64 --cbase=2048 --cmax=64
 """
@@ -8,18 +8,19 @@ import time
 import click
 import torch
 
-from m2m_stylegan import bank, networks, ops, phases, slicing
+from m2m_stylegan import autoencoder, bank, code_game, networks, ops, phases, preparation, slicing
 from m2m_stylegan.features import ResidentFeatures, TensorSpec
 from m2m_stylegan.ops import build
+from m2m_stylegan.transfer_options import CODE_BATCH
 
 
-def seconds_per_image(game: phases.Game, params: dict[str, list], batch: int, real: phases.Batch, repeats: int) -> float:
+def seconds_per_image(source, phase_list: list[phases.Phase], batch: int, real: phases.Batch, repeats: int) -> float:
     """Best of `repeats` for each phase, weighted by how often it runs."""
     total = 0.0
-    for phase in phases.make_phases(game, params['G'], params['D'], 0.0025, 0.0025):
+    for phase in phase_list:
         best = float('inf')
         for _ in range(repeats):
-            latents = game.source.draw(real['c'])
+            latents = source.draw(real['c'])
             start = time.perf_counter()
             phases.run_phase(phase, latents, real, batch)
             if torch.cuda.is_available():
@@ -27,6 +28,20 @@ def seconds_per_image(game: phases.Game, params: dict[str, list], batch: int, re
             best = min(best, time.perf_counter() - start)
         total += best / phase.interval
     return total / batch
+
+
+def codes(G, D, res: int, batch: int) -> tuple[code_game.CodeGame, phases.Batch]:
+    """Low-res training in feature space with an untrained encoder: what it is trained on makes no difference to the time."""
+    device = next(G.parameters()).device
+    c = torch.zeros([batch, 0], device=device)
+    encoder = autoencoder.new_encoder(G, D, res, lambda num: torch.zeros([num, 0], device=device)).requires_grad_(False)
+    (x, img, w), images = autoencoder.source_samples(G, batch, c, res)
+    with torch.no_grad():
+        p = encoder(*autoencoder.inputs_of(D, images, res))[2]
+    real = {'p': p, 'w': w, 'c': c} | {name: value for name, value in [('x', x), ('img', img)] if value is not None}
+    scale = None if x is None else torch.ones([x.shape[1] + img.shape[1]], device=device)
+    prepared = preparation.Prepared(res, encoder, None, scale, 0.0, 0.0, 0.0)
+    return code_game.make_game(G, prepared, code_game.CodeOptions(), lambda name, value: None, {}), real
 
 
 @click.command(context_settings={'show_default': True})
@@ -38,7 +53,10 @@ def seconds_per_image(game: phases.Game, params: dict[str, list], batch: int, re
 @click.option('--repeats', type=int, default=5)
 @click.option('--ops-only', is_flag=True, help='Full training only')
 def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
-    """Print milliseconds per image of full training, compiled and plain, and of high-res training at every slice, and their ratio."""
+    """Print milliseconds per image of full training, compiled and plain, and of high-res and low-res training at every slice, and their ratio.
+
+    Low-res steps have batches of 16, their default, and are bypassed: no high-res block runs.
+    """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     size = {'channel_base': cbase, 'channel_max': cmax}
     G = networks.Generator(dim, 0, dim, resolution, 3, mapping_kwargs={'num_layers': 2}, synthesis_kwargs=size).to(device).requires_grad_(False)
@@ -48,8 +66,11 @@ def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
     def game(source):
         return phases.Game(source, D, lambda img: img, phases.LossOptions(), lambda name, value: None, device)
 
+    def in_pixels(source, G_params: list, D_params: list) -> float:
+        return seconds_per_image(source, phases.make_phases(game(source), G_params, D_params, 0.0025, 0.0025), batch, real, repeats)
+
     def full_step():
-        return seconds_per_image(game(phases.LatentSource(G, 0.9, {})), {'G': [*G.parameters()], 'D': [*D.parameters()]}, batch, real, repeats)
+        return in_pixels(phases.LatentSource(G, 0.9, {}), [*G.parameters()], [*D.parameters()])
 
     state = ops.prepare(device.type).state
     full = full_step()
@@ -69,9 +90,13 @@ def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
         for d_trains in ('all', 'high-res'):
             params = {key: [p for name, p in net.named_parameters() if name in slicing.tensor_names(net, res, part)]
                       for key, net, part in [('G', G, 'high-res'), ('D', D, d_trains)]}
-            seconds = seconds_per_image(game(phases.BankSource(G, the_bank, res, {})), params, batch, real, repeats)
+            seconds = in_pixels(phases.BankSource(G, the_bank, res, {}), params['G'], params['D'])
             label = f'high-res {res}' + (', D too' if d_trains == 'high-res' else '')
             click.echo(f'{label:<20}{seconds * 1000:>10.1f}{full / seconds:>13.2f}')
+    for res in [] if ops_only else [slicing.W_SLICE, *slicing.slice_resolutions(resolution)[:-1]]:
+        code, codes_of_images = codes(G, D, res, CODE_BATCH)
+        seconds = seconds_per_image(code, code_game.make_phases(code), CODE_BATCH, codes_of_images, repeats)
+        click.echo(f'{f"low-res {slicing.slice_name(res)}":<20}{seconds * 1000:>10.2f}{full / seconds:>13.1f}')
 
 
 if __name__ == '__main__':

@@ -49,7 +49,7 @@ class Live:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         state = self.state
-        found = {'G': state.G, 'D': state.D, 'G_ema': state.G_ema, 'augment_pipe': state.augment_pipe}
+        found = {'G': state.G, 'D': state.D, 'G_ema': state.G_ema, 'augment_pipe': state.augment_pipe, **getattr(self.game, 'modules', {})}
         return {name: module for name, module in found.items() if module is not None}
 
 

@@ -20,11 +20,14 @@ from m2m_stylegan.errors import UserError
 from m2m_stylegan.transfer_options import TransferOptions, choose_device, slice_of
 
 DETECTORS = {'efficientnet-lite0': ('fd_effnetlite0', 'kd_effnetlite0'), 'inception': ('fid50k_full', 'kid50k_full')}
-METHODS = {'full': {'train': 'full'}, 'high-res': {'train': 'high-res'}, 'low-res': {'train': 'low-res', 'no_bypass': True}}
+METHODS = {'full': {'train': 'full'}, 'high-res': {'train': 'high-res'}, 'low-res': {'train': 'low-res'}, 'w': {'train': 'low-res', 'slice': 'w'},
+           'no-bypass': {'train': 'low-res', 'no_bypass': True}}
 EMA_RAMPUP = 0.05  # for all methods: without it the average of a short run of full training, as officially resumed, would still show the source
 SWAP = 'swap'
 KNOWN = f'{", ".join(METHODS)}, freezedN (full training with the first N layers of D frozen, e.g. freezed10), {SWAP}'
-ONLY_FOR = {'slice': ('high-res', 'low-res'), 'bank': ('high-res',), 'd_trains': ('high-res',)}  # else transfer refuses them
+# Else transfer refuses them. Training in feature space ('low-res', 'w') has rates and batches of its own.
+ONLY_FOR = {'slice': ('high-res', 'low-res', 'no-bypass'), 'bank': ('high-res',), 'd_trains': ('high-res',)}
+IN_PIXELS = ('gamma', 'pl_weight', 'aug', 'p', 'target', 'augpipe', 'lr', 'batch', 'batch_gpu')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,9 @@ def method_options(method: str) -> dict:
 def cell_options(options: CompareOptions, method: str, seed: int, folder: Path, network: Path, data: Path) -> TransferOptions:
     """The training run of a cell."""
     chosen = method_options(method)
-    passed_on = {name: value for name, value in options.training.items() if chosen['train'] in ONLY_FOR.get(name, (chosen['train'],))}
+    in_pixels = chosen['train'] != 'low-res' or 'no_bypass' in chosen
+    passed_on = {name: value for name, value in options.training.items()
+                 if method in ONLY_FOR.get(name, (method,)) and (in_pixels or name not in IN_PIXELS)}
     passed_on.setdefault('ema_rampup', EMA_RAMPUP)
     return TransferOptions(
         outdir=str(folder), network=str(network), data=str(data), seed=seed, minutes=options.minutes, snap_minutes=options.minutes / options.evals,

@@ -14,7 +14,8 @@ from m2m_stylegan import checkpoint, distributed, stats
 from m2m_stylegan.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PHASES = {'Loss/G/loss': 'Gmain, the adversarial loss of G', 'Loss/pl_penalty': 'Greg, the path length penalty of G',
+PHASES = {'Loss/G/loss': 'Gmain, the adversarial loss of G', 'Loss/G/pairs': 'Gpairs, the regression of codes',
+          'Loss/pl_penalty': 'Greg, the path length penalty of G',
           'Loss/D/loss': 'Dmain, the adversarial loss of D', 'Loss/r1_penalty': 'Dreg, the R1 penalty of D'}
 DISK = {errno.ENOSPC: 'make room', errno.EDQUOT: 'make room', errno.EFBIG: 'make room', errno.EROFS: 'choose an --outdir that can be written',
         errno.EACCES: 'choose an --outdir that can be written', errno.EPERM: 'choose an --outdir that can be written',

@@ -1,7 +1,7 @@
 """The StyleGAN2 objectives as functions of logits, images and latents; they know no network.
 
 Sources: non-saturating logistic loss (Goodfellow et al., 1406.2661), R1 (Mescheder et al., 1801.04406, eq. 9), path length regularisation
-(Karras et al., 1912.04958, section 3.2 and appendix B).
+(Karras et al., 1912.04958, section 3.2 and appendix B), gradient penalty (Gulrajani et al., 1704.00028, eq. 3).
 """
 
 import math
@@ -29,10 +29,21 @@ def discriminator_real_loss(real_logits: torch.Tensor) -> torch.Tensor:
 def r1_penalty(real_logits: torch.Tensor, real_img: torch.Tensor) -> torch.Tensor:
     """Squared norm of the gradient of each sample's logit with respect to its own image, differentiable.
 
-    real_logits: [N, 1], computed from real_img [N, C, H, W], which must require grad. Returns [N], not yet times gamma / 2.
+    real_logits: [N, 1], computed from real_img [N, ...], which must require grad. Returns [N], not yet times gamma / 2.
     """
     grads, = torch.autograd.grad(real_logits.sum(), real_img, create_graph=True)
-    return grads.square().sum(dim=[1, 2, 3])
+    return grads.square().flatten(1).sum(dim=1)
+
+
+def gradient_penalty(critic: Callable[[torch.Tensor], torch.Tensor], real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """(|gradient of the critic| - 1)^2 at random points between real and fake vectors [N, F], differentiable.
+
+    critic: vectors [N, F] => scores [N, 1]. Returns [N], not yet times its weight.
+    """
+    t = torch.rand([real.shape[0], 1], device=real.device)
+    between = (t * real + (1 - t) * fake).detach().requires_grad_(True)
+    grads, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (grads.norm(dim=1) - 1).square()
 
 
 def path_lengths(img: torch.Tensor, ws: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -125,13 +125,19 @@ class Game:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One kind of training step: run every `interval` batches, with its gradients multiplied by `interval`."""
+    """One kind of training step: run every `interval` batches, with its gradients multiplied by `gain`, else by `interval`."""
 
     name: str
     params: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     interval: int
     accumulate: Callable[[Batch, Batch, float], None]
+    gain: float | None = None
+
+    @property
+    def optimizer_name(self) -> str:
+        """What the optimiser is called in checkpoints: main and regularising phases share one."""
+        return self.name.removesuffix('main').removesuffix('reg')
 
 
 def make_phases(game: Game, G_params: list, D_params: list, G_lr: float, D_lr: float, betas: tuple[float, float] = (0.0, 0.99)) -> list[Phase]:
@@ -152,13 +158,14 @@ def run_phase(phase: Phase, latents: Batch, real: Batch, batch_gpu: int) -> None
 
     Gradients of the micro-batches are summed, those of the processes averaged, as in the official code.
     """
+    gain = float(phase.interval if phase.gain is None else phase.gain)
     phase.optimizer.zero_grad(set_to_none=True)
     for param in phase.params:
         param.requires_grad_(True)
     try:
         for start in range(0, latents['c'].shape[0], batch_gpu):
             part = slice(start, start + batch_gpu)
-            phase.accumulate({k: v[part] for k, v in latents.items()}, {k: v[part] for k, v in real.items()}, float(phase.interval))
+            phase.accumulate({k: v[part] for k, v in latents.items()}, {k: v[part] for k, v in real.items()}, gain)
     finally:
         for param in phase.params:
             param.requires_grad_(False)

@@ -149,4 +149,4 @@ def changed_blocks(before: snapshots.Snapshot, after: snapshots.Snapshot) -> lis
         tensors = dict([*old.named_parameters(), *old.named_buffers()])
         changed |= {id(x) for name, x in [*new.named_parameters(), *new.named_buffers()] if not torch.equal(x, tensors[name])}
     return [{'block': row.name, 'resolution': row.resolution, 'parameters': row.num_params, 'changed': row.num_trained}
-            for row in slicing.block_table(after.G_ema, after.D, None, changed, False)]
+            for row in slicing.block_table(after.G_ema, after.D, changed, lambda name, res: False)]

@@ -5,10 +5,13 @@ g_high(g_low(z)) equals G(z) and d_low(d_high(img)) equals D(img), bit for bit, 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from m2m_stylegan.errors import UserError
+
+W_SLICE = 2  # The slice below 4 x 4: the low-res part of G is the mapping network alone, that of D is empty but for its mapping of labels.
 
 
 def slice_resolutions(img_resolution: int) -> list[int]:
@@ -16,11 +19,17 @@ def slice_resolutions(img_resolution: int) -> list[int]:
     return [2 ** i for i in range(2, img_resolution.bit_length())]
 
 
-def check_slice(res: int, img_resolution: int) -> None:
-    """Raise UserError unless `res` is a resolution at which both networks can be cut into two parts."""
-    if res not in slice_resolutions(img_resolution):
-        expected = slice_resolutions(img_resolution)
-        raise UserError(f'--slice={res}: expected one of {expected} for a network of {img_resolution} x {img_resolution} pixels.')
+def slice_name(res: int) -> str:
+    """What users call a slice: 'w', or its resolution."""
+    return 'w' if res == W_SLICE else str(res)
+
+
+def check_slice(res: int, img_resolution: int, lowest: int = 4) -> None:
+    """Raise UserError unless `res` is a resolution at which both networks can be cut into two parts; lowest: W_SLICE or 4."""
+    expected = [r for r in [*([W_SLICE] if img_resolution > 4 else []), *slice_resolutions(img_resolution)] if r >= lowest]
+    if res not in expected:
+        raise UserError(f'--slice={slice_name(res)}: expected one of {", ".join(map(slice_name, expected))} for a network of '
+                        f'{img_resolution} x {img_resolution} pixels.')
     if res == img_resolution:
         raise UserError(f'--slice={res} is the image resolution: that leaves no high-res block to train.')
 
@@ -76,14 +85,15 @@ class BlockRow:
     num_params: int
     num_trained: int
     macs: int  # multiply-accumulates of one forward pass of one image, convolutions and fully connected layers
-    cached: bool  # the block never runs during training: its output comes from the feature cache
+    idle: bool  # the block never runs during training: its output comes from the feature cache, or it is bypassed
 
 
 @torch.no_grad()
-def block_table(G, D, res: int | None, trained: set[int], cached_low_res: bool) -> list[BlockRow]:
+def block_table(G, D, trained: set[int], idle: Callable[[str, int | None], bool]) -> list[BlockRow]:
     """One row per block of G and D in the order of execution.
 
-    trained: ids of the parameters that the optimisers hold. cached_low_res: G's low-res blocks are replaced by the feature cache.
+    trained: ids of the parameters that the optimisers hold. idle(name, resolution): does a block, e.g. 'G.b16' (the mappings have no resolution),
+    never run during training?
     MACs are counted by running one sample, so that they are those of the real path, whatever the architecture.
     """
     macs: dict[str, int] = {}
@@ -102,7 +112,7 @@ def block_table(G, D, res: int | None, trained: set[int], cached_low_res: bool) 
         tensors = [*module.parameters(), *(b for n, b in module.named_buffers() if n.split('.')[-1] in ('weight', 'bias'))]
         rows.append(BlockRow(
             name, block_res, sum(t.numel() for t in tensors), sum(t.numel() for t in tensors if id(t) in trained), macs.get(name, 0),
-            cached_low_res and name.startswith('G.') and (block_res is None or block_res <= res)))
+            idle(name, block_res)))
     return rows
 
 
@@ -146,10 +156,10 @@ def format_table(rows: list[BlockRow]) -> str:
     """The table as text, with totals, for the console and log.txt."""
     lines = [f'{"block":<11}{"resolution":>11}{"parameters":>13}{"MMACs":>10}  state']
     for row in rows:
-        state = 'cached' if row.cached else 'frozen' if row.num_trained == 0 else 'trained' if row.num_trained == row.num_params else 'partly trained'
+        state = 'idle' if row.idle else 'frozen' if row.num_trained == 0 else 'trained' if row.num_trained == row.num_params else 'partly trained'
         lines.append(f'{row.name:<11}{row.resolution or "-":>11}{row.num_params:>13,}{row.macs / 1e6:>10.2f}  {state}')
     total, trained = sum(row.num_params for row in rows), sum(row.num_trained for row in rows)
-    running = sum(row.macs for row in rows if not row.cached) / max(sum(row.macs for row in rows), 1)
+    running = sum(row.macs for row in rows if not row.idle) / max(sum(row.macs for row in rows), 1)
     lines.append(f'{"total":<11}{"":>11}{total:>13,}{sum(row.macs for row in rows) / 1e6:>10.2f}  '
                  f'{trained / max(total, 1):.0%} of the parameters trained, {running:.0%} of the forward MACs run')
     return '\n'.join(lines)

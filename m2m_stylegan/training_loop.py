@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import resource
 import time
@@ -12,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2m_stylegan import ada, checkpoint, distributed, faults, losses, phases, slicing, stats
+from m2m_stylegan import ada, checkpoint, code_game, distributed, faults, losses, phases, slicing, stats
 from m2m_stylegan.bank import Bank
 from m2m_stylegan.datasets import ImageDataset, InfiniteSampler
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.faults import StopRequest
 from m2m_stylegan.images import from_uint8, save_image_grid
 from m2m_stylegan.progress import Progress
+
+# Cached codes stay in memory if they leave so much of a GPU's free, or take less than that of a computer's; else they are read from disk.
+CODE_RESERVE_BYTES, CODE_BYTES = 4 << 30, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class LoopOptions:
     D_lr: float = 0.0025
     ema_kimg: float = 5
     ema_rampup: float | None = 0.05
+    codes: code_game.CodeOptions | None = None  # low-res training in feature space, the high-res blocks bypassed
     loss: phases.LossOptions = dataclasses.field(default_factory=phases.LossOptions)
     ada_target: float | None = None          # None: p stays what it is
     ada_interval: int = 4                    # batches between adjustments of p
@@ -86,6 +91,17 @@ def batches(dataset: ImageDataset, options: LoopOptions, start_idx: int, device:
         yield {'img': from_uint8(img.to(device)), 'c': c.to(device)}
 
 
+def code_batches(prepared, dataset: ImageDataset, options: LoopOptions, start_idx: int, device: torch.device) -> Iterator[phases.Batch]:
+    """This process's share of endless batches of cached codes (x, img, p, w, float32) with labels c [N, label_dim], in the order of `batches`."""
+    small = prepared.codes.nbytes < CODE_BYTES if device.type == 'cpu' else prepared.codes.fits(device, CODE_RESERVE_BYTES)
+    codes = prepared.codes.resident(device) if small else prepared.codes
+    labels = torch.from_numpy(dataset.get_labels(range(len(dataset)))).to(device)
+    indices = iter(InfiniteSampler(len(dataset), seed=options.seed, start_idx=start_idx, rank=distributed.rank(), num_replicas=options.num_gpus))
+    while True:
+        index = torch.tensor(list(itertools.islice(indices, options.batch_rank)))
+        yield {**{name: value.to(device).float() for name, value in codes.gather(index).items()}, 'c': labels[index.to(device)]}
+
+
 def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, device: torch.device) -> torch.Tensor:
     """Labels [num, label_dim] of uniformly random items of the dataset."""
     return torch.from_numpy(dataset.get_labels(rnd.randint(len(dataset)) for _ in range(num))).to(device)
@@ -107,6 +123,8 @@ def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str
     if options.train == 'full':
         frozen = slicing.freezed_names(state.D, options.freezed)
         return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all') - frozen}
+    if options.codes is not None:  # D is not there; the critic of the codes is a network of its own
+        return {'G': slicing.tensor_names(state.G, options.slice_res, 'low-res'), 'D': frozenset()}
     d_trains = options.d_trains if options.train == 'high-res' else 'low-res'
     return {'G': slicing.tensor_names(state.G, options.slice_res, options.train), 'D': slicing.tensor_names(state.D, options.slice_res, d_trains)}
 
@@ -136,6 +154,7 @@ def training_loop(
     grid: Grid,
     save_network: Callable[[Path, State], None],
     bank: Bank | None = None,
+    prepared=None,
     device: torch.device,
     workers: int = 0,
     start_time: float | None = None,
@@ -145,7 +164,8 @@ def training_loop(
     """Train `state` in place until the image, time or signal limit; returns the reason for which it stopped.
 
     Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), snapshots.jsonl (their times),
-    checkpoints, stats.jsonl. Networks are on `device`. bank: required for 'high-res'. start_time: time.monotonic() at which the budget
+    checkpoints, stats.jsonl. Networks are on `device`. bank: required for 'high-res'.
+    prepared: the preparation.Prepared that training in feature space (options.codes) needs. start_time: time.monotonic() at which the budget
     max_seconds began. resume: continue from the checkpoint. Of several processes (see distributed.py) each calls it; the first one writes.
     Raises UserError if training diverges again after it has gone back to the last checkpoint.
     """
@@ -167,22 +187,20 @@ def training_loop(
         if name == 'Loss/signs/real' and options.ada_target is not None:
             state.real_signs += torch.stack([value.double().sum(), value.new_full([], value.numel(), dtype=torch.float64)])
 
-    block_kwargs = {'force_fp32': options.force_fp32}
-    if bank is None:
-        source = phases.LatentSource(state.G, options.loss.style_mixing_prob, block_kwargs)
-    else:
-        source = phases.BankSource(state.G, bank, options.slice_res, block_kwargs)
-    game = phases.Game(source, functools.partial(state.D, **block_kwargs), state.augment_pipe or (lambda img: img), options.loss, report, device)
     names = trained_names(state, options)
-    trained = {key: [p for name, p in net.named_parameters() if name in names[key]] for key, net in [('G', state.G), ('D', state.D)]}
-    phase_list = phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
-    live = checkpoint.Live(state, game, {phase.name[0]: phase.optimizer for phase in phase_list}, bank, collector)
+    source, game, phase_list = open_game(state, options, names, bank, prepared, report, device)
+    live = checkpoint.Live(state, game, {phase.optimizer_name: phase.optimizer for phase in phase_list}, bank, collector)
+
+    def batches_from(start_idx: int) -> Iterator[phases.Batch]:
+        if prepared is not None:
+            return code_batches(prepared, dataset, options, start_idx, device)
+        return batches(dataset, options, start_idx, device, workers)
 
     def load_checkpoint() -> Iterator[phases.Batch]:
         checkpoint.load(run_dir, live, echo)
         if main:
             checkpoint.forget_after(run_dir, state.cur_nimg)
-        return batches(dataset, options, state.cur_nimg, device, workers)
+        return batches_from(state.cur_nimg)
 
     def back_off(found: list[str], before: dict) -> Iterator[phases.Batch]:
         live.in_step = True  # There is nothing to rescue.
@@ -195,7 +213,7 @@ def training_loop(
         live.in_step = False
         return data
 
-    data = load_checkpoint() if resume else batches(dataset, options, 0, device, workers)
+    data = load_checkpoint() if resume else batches_from(state.cur_nimg)
     session_start = tick_start = time.monotonic()
     maintenance_seconds = tick_start - start_time
     with (contextlib.ExitStack() as stack, StopRequest() as stop,
@@ -271,6 +289,23 @@ def training_loop(
             maintenance_seconds = tick_start - now
     echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.monotonic() - session_start)}.')
     return reason
+
+
+def open_game(state: State, options: LoopOptions, names: dict[str, frozenset[str]], bank: Bank | None, prepared, report: losses.Report,
+              device: torch.device) -> tuple:
+    """(source, game, phases): where fakes come from, the objectives, and what trains on them. names: of trained_names."""
+    block_kwargs = {'force_fp32': options.force_fp32}
+    if options.codes is not None:
+        torch.manual_seed(options.seed)  # of the critic's first weights, the same in every process
+        game = code_game.make_game(state.G, prepared, options.codes, report, block_kwargs)
+        return game, game, code_game.make_phases(game)
+    if bank is None:
+        source = phases.LatentSource(state.G, options.loss.style_mixing_prob, block_kwargs)
+    else:
+        source = phases.BankSource(state.G, bank, options.slice_res, block_kwargs)
+    game = phases.Game(source, functools.partial(state.D, **block_kwargs), state.augment_pipe or (lambda img: img), options.loss, report, device)
+    trained = {key: [p for name, p in net.named_parameters() if name in names[key]] for key, net in [('G', state.G), ('D', state.D)]}
+    return source, game, phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
 
 
 def _save_snapshot(run_dir: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:

@@ -16,7 +16,7 @@ import torch
 import tqdm
 
 from m2m_stylegan import bank as feature_bank
-from m2m_stylegan import distributed, downloads, faults, features, locks, networks, phases, resume, run_dir, slicing, snapshots
+from m2m_stylegan import distributed, downloads, faults, features, locks, networks, phases, preparation, resume, run_dir, slicing, snapshots
 from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
 from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
@@ -61,11 +61,11 @@ def plan(options: TransferOptions) -> Job:
         check_match(snapshot.G_ema, dataset)
     loop = loop_options(options, dataset.resolution, device)
     if loop.slice_res is not None:
-        slicing.check_slice(loop.slice_res, dataset.resolution)
+        slicing.check_slice(loop.slice_res, dataset.resolution, lowest=slicing.W_SLICE if loop.codes else 4)
     num_images = len(dataset) // (2 if options.mirror else 1)
     if options.subset is not None and options.subset > num_images:
         raise UserError(f'--subset={options.subset}: {dataset.path} has only {num_images} images.')
-    if snapshot is not None:
+    if snapshot is not None and loop.codes is None:
         check_group(snapshot.D, loop.batch_gpu)
     dataset_kwargs = {
         'class_name': 'training.dataset.ImageFolderDataset', 'path': str(Path(dataset.path).resolve()), 'use_labels': options.cond,
@@ -114,7 +114,7 @@ def run_description(job: Job) -> str:
         job.dataset.name, cfg='auto', num_gpus=options.gpus, cond=options.cond, subset=options.subset, mirror=options.mirror, gamma=options.gamma,
         kimg=options.kimg, batch=options.batch, aug=None if options.aug == 'ada' else options.aug, p=options.p, target=options.target,
         augpipe=options.augpipe, resume='noresume' if job.snapshot is None else options.network, freezed=options.freezed or None,
-        train=options.train, slice_at=job.loop.slice_res)
+        train=options.train, slice_at=slicing.slice_name(job.loop.slice_res or 0))
 
 
 def training_options(job: Job, directory: Path) -> dict:
@@ -221,6 +221,18 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     return feature_bank.Bank(cache.resident(job.device), lambda chunk: make(chunk, dtype))
 
 
+def open_codes(job: Job, directory: Path, echo: Callable[[str], None]) -> preparation.Prepared:
+    """The encoder and the codes of the target images for low-res training in feature space: made, or found from an earlier run."""
+    options = job.options
+    kimg = preparation.SOURCE_KIMG + preparation.TARGET_KIMG if options.prepare_kimg is None else options.prepare_kimg
+    share = preparation.SOURCE_KIMG / (preparation.SOURCE_KIMG + preparation.TARGET_KIMG)
+    return preparation.prepare(
+        job.snapshot, job.dataset, job.loop.slice_res, cache_dir=Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir(),
+        device=job.device, name=job.network_path.stem, source_kimg=kimg * share, target_kimg=kimg * (1 - share),
+        max_seconds=None if options.prepare_minutes is None else options.prepare_minutes * 60, seed=options.seed,
+        picture=directory / 'encoded.png' if distributed.rank() == 0 else None, echo=echo)
+
+
 def run(options: TransferOptions, echo: Callable[[str], None] = print, command: list[str] | None = None) -> Path | None:
     """Do the whole job; returns the run directory (None for a dry run). Raises UserError for anything that the user can mend.
 
@@ -294,6 +306,7 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
     if main and not resumed:
         save_image_grid(before, directory / 'fakes_init.png', (-1, 1), grid.size)
     bank = open_bank(job, state.G_ema, echo) if job.loop.train == 'high-res' else None
+    prepared = open_codes(job, directory, echo) if job.loop.codes else None
     echo(describe_blocks(job, state))
 
     def save_network(path: Path, state: State) -> None:
@@ -301,7 +314,7 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
                        like=job.snapshot)
 
     training_loop(run_dir=directory, state=state, dataset=job.dataset, options=job.loop, grid=grid, save_network=save_network, bank=bank,
-                  device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
+                  prepared=prepared, device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
     if main:
         save_before_after(job, directory, before, sample_grid(state.G_ema, grid, job.loop.batch_gpu, **kwargs))
         newest = json.loads((directory / 'snapshots.jsonl').read_text(encoding='utf-8').splitlines()[-1])['pkl']
@@ -317,7 +330,14 @@ def describe_blocks(job: Job, state: State) -> str:
     """The table of blocks: what is frozen, trained, cached."""
     names = trained_names(state, job.loop)
     trained = {id(p) for key, net in [('G', state.G), ('D', state.D)] for name, p in net.named_parameters() if name in names[key]}
-    return slicing.format_table(slicing.block_table(state.G, state.D, job.loop.slice_res, trained, job.loop.train == 'high-res'))
+    res = job.loop.slice_res
+
+    def idle(name: str, block_res: int | None) -> bool:
+        if job.loop.codes is not None:
+            return name.startswith('D.') or (block_res is not None and block_res > res)
+        return job.loop.train == 'high-res' and name.startswith('G.') and (block_res is None or block_res <= res)
+
+    return slicing.format_table(slicing.block_table(state.G, state.D, trained, idle))
 
 
 def save_before_after(job: Job, directory: Path, before: torch.Tensor, after: torch.Tensor) -> None:

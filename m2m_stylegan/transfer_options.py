@@ -4,11 +4,13 @@ import dataclasses
 
 import torch
 
-from m2m_stylegan import distributed, phases
+from m2m_stylegan import code_game, distributed, phases, slicing
 from m2m_stylegan.bank import CHUNK_ITEMS
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.training_loop import LoopOptions
+
+CODE_BATCH = 16  # images per step of low-res training in feature space, whatever the resolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,12 @@ class TransferOptions:
     network: str = 'demo'
     data: str | None = None
     train: str = 'high-res'
-    slice: int | None = None
+    slice: str | int | None = None
     d_trains: str = 'high-res'
     no_bypass: bool = False
+    critic: str | None = None
+    prepare_kimg: float | None = None
+    prepare_minutes: float | None = None
     bank: int | None = None
     cache_dir: str | None = None
     cond: bool = False
@@ -79,13 +84,22 @@ def check_options(options: TransferOptions) -> None:
          '--slice cuts the networks for --train=high-res and low-res; --train=full trains everything')
     need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
     need(options.train == 'low-res' or not options.no_bypass, f'--no-bypass is only used with --train=low-res, not with --train={options.train}')
-    need(options.train != 'low-res' or options.no_bypass, '--train=low-res runs the frozen high-res blocks in this version: say so with --no-bypass')
+    for name in ('critic', 'prepare_kimg', 'prepare_minutes'):
+        need(bypassed(options) or getattr(options, name) is None,
+             f'--{name.replace("_", "-")} belongs to training in feature space: --train=low-res without --no-bypass')
+    need(parse_slice(options.slice) is not None or options.slice is None, f'--slice={options.slice}: expected a resolution, or w')
+    need(not bypassed(options) or options.aug != 'fixed', '--aug=fixed augments pixels; low-res training in feature space has none')
+    for name in ('target', 'augpipe', 'pl_weight'):
+        need(not bypassed(options) or getattr(options, name) is None,
+             f'--{name.replace("_", "-")} has no meaning in low-res training in feature space')
+    need(options.gamma is None or not bypassed(options) or options.critic != 'wgan-gp', '--gamma in feature space needs --critic=logistic')
+    need(options.slice != 'w' or bypassed(options) or options.train == 'full', '--slice=w is only there for --train=low-res without --no-bypass')
     need(options.train == 'full' or options.freezed == 0,
          '--freezed is FreezeD, a form of --train=full; with --train=high-res use --d-trains=high-res')
     need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
     for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
         need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
-    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank', 'gpus'):
+    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank', 'gpus', 'prepare_kimg', 'prepare_minutes'):
         value = getattr(options, name)
         need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
     for name in ('gamma', 'ema_rampup'):
@@ -124,9 +138,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device('cuda', index)
 
 
+def parse_slice(text: str | int | None) -> int | None:
+    """The slice resolution that --slice stands for; slicing.W_SLICE for w; None for nothing or nonsense."""
+    return slicing.W_SLICE if text == 'w' else int(text) if str(text).isdecimal() and int(text) >= 4 else None
+
+
 def slice_of(options: TransferOptions, resolution: int) -> int:
     """The slice resolution: as given, else the default for this image resolution."""
-    return options.slice or max(resolution // 8, 4)
+    return parse_slice(options.slice) or max(resolution // (4 if bypassed(options) else 8), 4)
+
+
+def bypassed(options: TransferOptions) -> bool:
+    """Does training happen in feature space?"""
+    return options.train == 'low-res' and not options.no_bypass
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
@@ -138,7 +162,8 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
     """
     on_cpu, scratch = device.type == 'cpu', options.network == 'none'
     gpus = options.gpus
-    batch = options.batch or max(min(gpus * min(4096 // resolution, 16 if on_cpu else 32), 64), gpus)
+    usual = CODE_BATCH if bypassed(options) else min(gpus * min(4096 // resolution, 16 if on_cpu else 32), 64)
+    batch = options.batch or max(usual, gpus)
     if batch % gpus:
         raise UserError(f'--batch={batch} must be a multiple of --gpus={gpus}.')
     batch_gpu = min(options.batch_gpu or batch, batch // gpus)
@@ -147,6 +172,10 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
     lr = options.lr or (0.002 if resolution >= 1024 else 0.0025)
     gamma = 0.0002 * resolution ** 2 / batch if options.gamma is None else options.gamma
     ema_rampup = (None if options.train == 'full' and not scratch else 0.05) if options.ema_rampup is None else options.ema_rampup or None
+    codes = None
+    if bypassed(options):
+        codes = code_game.CodeOptions(critic=options.critic or 'logistic', **({} if options.lr is None else {'pair_lr': options.lr}),
+                                      **({} if options.gamma is None else {'r1_gamma': options.gamma}))
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
         train=options.train, d_trains=options.d_trains, freezed=options.freezed,
@@ -156,7 +185,8 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
         snapshot_ticks=options.snap, snapshot_seconds=None if options.snap_minutes is None else options.snap_minutes * 60,
         G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32,
         ema_rampup=ema_rampup, loss=loss,
-        ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' else None, ada_kimg=500 if scratch else 100,
+        codes=codes, ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' and codes is None else None,
+        ada_kimg=500 if scratch else 100,
         force_fp32=on_cpu or options.fp32)
 
 

@@ -219,7 +219,7 @@ def test_problems_are_listed_at_once(files):
         run(files, methods=('full', 'half', 'full'), seeds=(), minutes=0, evals=-1, detector='eyes', swap_with='x.pkl',
             extra=('full=*.pkl', 'a/b=*.pkl', 'nothing=/nowhere/*.pkl'))
     text = str(err.value)
-    for part in ['half is unknown; known are full, high-res, low-res, freezedN', 'none twice, got full, half, full',
+    for part in ['half is unknown; known are full, high-res, low-res, w, no-bypass, freezedN', 'none twice, got full, half, full',
                  '--seeds: expected at least one', '--minutes=0 must be positive', '--evals=-1 must be positive',
                  '--detector=eyes: expected one of efficientnet-lite0, inception', '--swap-with is only used with',
                  '--extra=full=*.pkl: expected name=pattern', '--extra=a/b=', '--extra=nothing=/nowhere/*.pkl: no file']:
@@ -242,7 +242,10 @@ def test_options_reach_the_methods_that_they_apply_to(files):
     assert arguments('full') == [*common, '--train=full', '--cache-dir=cell/cache', *tail, '--ema-rampup=0.05', '--snap-minutes=1.0', '--seed=3']
     assert '--freezed=10' in arguments('freezed10') and '--slice=8' not in arguments('freezed10')
     assert {'--slice=8', '--bank=32'} <= set(arguments('high-res'))
-    assert {'--slice=8', '--no-bypass'} <= set(arguments('low-res')) and '--bank=32' not in arguments('low-res')
+    assert {'--slice=8', '--no-bypass', '--batch=4'} <= set(arguments('no-bypass')) and '--bank=32' not in arguments('no-bypass')
+    for method, at in [('low-res', '8'), ('w', 'w')]:
+        assert {'--train=low-res', f'--slice={at}', '--mirror=True'} <= set(arguments(method))
+        assert not {'--no-bypass', '--batch=4', '--bank=32'} & set(arguments(method))
     assert command_line(asked).startswith('python tools/compare.py --outdir=')
     assert command_line(asked).endswith('--methods=full,high-res --seeds=0 --num=50 --slice=8 --bank=32 --batch=4 --mirror=True')
 

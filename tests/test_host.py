@@ -204,7 +204,7 @@ def test_train_gains_our_options(monkeypatch, args, expected):
     monkeypatch.setattr(host_train.transfer, 'run', lambda options, echo: calls.append(options))
     result = CliRunner().invoke(command, [*args, *([] if expected else ['--resume=x.pkl'])])
     assert result.exit_code == 0, result.output
-    assert calls == ([{**expected, 'resume': 'net.pkl'}] if expected else [TransferOptions(outdir='r', network='x.pkl', slice=8)])
+    assert calls == ([{**expected, 'resume': 'net.pkl'}] if expected else [TransferOptions(outdir='r', network='x.pkl', slice='8')])
     text = CliRunner().invoke(command, ['--help']).output
     assert '--m2m-train' in text and '--m2m-slice' in text and '--m2m-kimg' not in text
 

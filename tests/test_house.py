@@ -17,9 +17,9 @@ FLOORS = [
      'demo_data', 'images', 'networks', 'augment', 'downloads', 'run_dir', 'video'},
     {'network_kwargs', 'network_records', 'legacy_tf', 'snapshots', 'slicing'},
     {'feature_files', 'features', 'losses', 'convert', 'metrics', 'detectors', 'efficientnet_lite', 'image_sources', 'path_length', 'feature_stats',
-     'metric_names'},
-    {'phases', 'bank', 'checkpoint', 'faults', 'training_loop', 'evaluate'},
-    {'transfer_options', 'resume', 'transfer', 'calc_metrics', 'generate', 'interpolate', 'project'},
+     'metric_names', 'autoencoder', 'module_files'},
+    {'phases', 'bank', 'code_game', 'preparation', 'checkpoint', 'faults', 'training_loop', 'evaluate'},
+    {'transfer_options', 'resume', 'transfer', 'calc_metrics', 'generate', 'interpolate', 'project', 'advise', 'prepare_codes', 'step_costs'},
     {'cells', 'scores', 'compare_plan', 'compare', 'report_data', 'report_figures', 'report', 'host', 'host_patches', 'host_patch_files',
      'host_pickles', 'host_revisions', 'host_stand_ins', 'host_train'},
 ]

@@ -46,7 +46,7 @@ def test_high_res_transfer(tmp_path, files):
         assert all(not slicing.is_low_res(name, 8) for name in moved), key
     assert after.training_set_kwargs['path'] == str(tmp_path / 'data.zip')
     log = (directory / 'log.txt').read_text()
-    assert '"total_kimg": 0.016' in log and 'G.b8 ' in log and 'cached' in log and 'tick 0 ' in log and 'Result:' in log and '\r' not in log
+    assert '"total_kimg": 0.016' in log and 'G.b8 ' in log and 'idle' in log and 'tick 0 ' in log and 'Result:' in log and '\r' not in log
     options = json.loads((directory / 'training_options.json').read_text())
     assert list(options)[:9] == ['num_gpus', 'image_snapshot_ticks', 'network_snapshot_ticks', 'metrics', 'random_seed', 'training_set_kwargs',
                                  'data_loader_kwargs', 'G_kwargs', 'D_kwargs']
@@ -75,8 +75,6 @@ def test_low_res_without_bypass(tmp_path, files):
         moved = {name for name in new if not torch.equal(old[name], new[name])}
         assert moved and all(slicing.is_low_res(name, 8) for name in moved), key
     assert 'mapping.w_avg' in moved
-    refused = run(tmp_path, **files, train='low-res', bank=None)
-    assert refused.exit_code == 1 and 'say so with --no-bypass' in refused.output
 
 
 def test_snapshots_by_the_clock(tmp_path, files):
@@ -228,7 +226,7 @@ def test_mismatched_data_is_refused_with_the_way_out(tmp_path, files):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'slice': 12}, r'--slice=12: expected one of \[4, 8, 16\]'),
+    ({'slice': 12}, '--slice=12: expected one of 4, 8, 16'),
     ({'slice': 16}, 'leaves no high-res block to train'),
     ({'device': 'tpu'}, '--device=tpu: expected auto, cpu, cuda or cuda:N'),
     ({'device': 'cuda:99'}, r'--device=cuda:99: PyTorch \S+ sees \d+ CUDA devices'),
