@@ -52,7 +52,8 @@ def codes(G, D, res: int, batch: int) -> tuple[code_game.CodeGame, phases.Batch]
 @click.option('--batch', type=int, default=8)
 @click.option('--repeats', type=int, default=5)
 @click.option('--ops-only', is_flag=True, help='Full training only')
-def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
+@click.option('--low-res-only', is_flag=True, help='Full and low-res training only')
+def main(resolution, cbase, cmax, dim, batch, repeats, ops_only, low_res_only):
     """Print milliseconds per image of full training, compiled and plain, and of high-res and low-res training at every slice, and their ratio.
 
     Low-res steps have batches of 16, their default, and are bypassed: no high-res block runs.
@@ -78,12 +79,12 @@ def main(resolution, cbase, cmax, dim, batch, repeats, ops_only):
     click.echo(f'torch {torch.__version__}, {name}, {resolution} px, batch {batch}, operators: {state}')
     click.echo(f'{"train":<20}{"ms/image":>10}{"full / this":>13}')
     click.echo(f'{"full":<20}{full * 1000:>10.1f}{1:>13.2f}')
-    if state == 'compiled':
+    if state == 'compiled' and not low_res_only:
         build._READY[device.type] = False
         plain = full_step()
         build._READY[device.type] = True
         click.echo(f'{"full, plain ops":<20}{plain * 1000:>10.1f}{full / plain:>13.2f}')
-    for res in [] if ops_only else slicing.slice_resolutions(resolution)[:-1]:
+    for res in [] if ops_only or low_res_only else slicing.slice_resolutions(resolution)[:-1]:
         chunk = bank.make_chunk(G, res, lambda chunk, num: torch.zeros([num, 0], device=device), 0, 0, 0.9, torch.float16)
         specs = {key: TensorSpec(tuple(value.shape[1:]), value.dtype) for key, value in chunk.items()}
         the_bank = bank.Bank(ResidentFeatures(specs, bank.CHUNK_ITEMS, device, chunk), None)
