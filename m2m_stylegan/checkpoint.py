@@ -14,11 +14,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from m2m_stylegan import distributed
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.feature_files import digest_of
+from m2m_stylegan.feature_files import GARBAGE, digest_of
 from m2m_stylegan.files import atomic_write
 
 FILE_NAME = 'm2m-checkpoint.safetensors'
@@ -26,8 +26,6 @@ FORMAT = 2
 COUNTERS = {**dict.fromkeys(['cur_nimg', 'batch_idx', 'cur_tick', 'tick_start_nimg', 'backoffs'], torch.int64), 'elapsed_seconds': torch.float64}
 _METADATA_KEY = 'm2m_stylegan'
 _SEPARATOR = '|'  # in no name of a tensor or of a statistic
-# What json and safetensors raise on bytes that are not ours, and what looking for our keys in foreign JSON raises.
-_GARBAGE = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class Damaged(Exception):
@@ -111,7 +109,7 @@ def load(run_dir: Path, live: Live, echo: Callable[[str], object] = print) -> No
         _load_rank(content['ranks'], live, echo)
     except UserError:
         raise
-    except (*_GARBAGE, RuntimeError) as err:  # intact, but not written by `save`
+    except (*GARBAGE, RuntimeError) as err:  # intact, but not written by `save`
         raise UserError(f'{path} does not hold what a checkpoint of this tool holds ({type(err).__name__}: {err}).') from err
 
 
@@ -129,7 +127,7 @@ def read(path: Path) -> dict:
         return _unflatten(tensors)
     except UserError:
         raise
-    except _GARBAGE as err:
+    except GARBAGE as err:
         raise Damaged(f'is not readable: {str(err).splitlines()[0] if str(err) else type(err).__name__}') from err
 
 

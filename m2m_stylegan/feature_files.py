@@ -30,7 +30,7 @@ DTYPES = {str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat
 _METADATA_KEY = 'm2m_stylegan'
 _WAY_OUT = 'Delete the directory to compute the features anew, or pass another --cache-dir.'
 # What json and safetensors raise on bytes that are not ours, and what looking for our keys in foreign JSON raises.
-_GARBAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+GARBAGE = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class BadShard(Exception):
@@ -102,7 +102,7 @@ def read_shard(cache_dir: Path, layout: Layout, shard: int, *, verify: bool) -> 
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
     except FileNotFoundError as err:
         raise BadShard('is missing') from err
-    except _GARBAGE as err:
+    except GARBAGE as err:
         raise BadShard(f'is not readable: {err}') from err
     refuse_stale(cache_dir, metadata, {**layout.identity, 'shard': shard})
     try:
@@ -142,7 +142,7 @@ def read_manifest(cache_dir: Path) -> tuple[Layout, list[str]]:
         if len(expected) != layout.num_shards or [s['num_items'] for s in manifest['shards']] != expected:
             raise ValueError(f'{len(expected)} shards do not hold {layout.num_items} items')
         return layout, [s['sha256'] for s in manifest['shards']]
-    except _GARBAGE as err:
+    except GARBAGE as err:
         raise UserError(f'{path} is damaged, or no feature cache ({type(err).__name__}: {err}). {_WAY_OUT}') from err
 
 

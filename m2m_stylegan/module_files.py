@@ -5,14 +5,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.feature_files import Batch, Fingerprint, digest_of
+from m2m_stylegan.feature_files import GARBAGE, Batch, Fingerprint, digest_of
 from m2m_stylegan.files import atomic_write
 
 _METADATA_KEY = 'm2m_stylegan'
-_GARBAGE = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def write(path: Path, fingerprint: Fingerprint, tensors: Batch) -> None:
@@ -32,7 +31,7 @@ def read(path: Path, fingerprint: Fingerprint) -> Batch | None:
             metadata = json.loads(f.metadata()[_METADATA_KEY])
             found, sha256 = dict(metadata['fingerprint']), metadata['sha256']
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except _GARBAGE as err:
+    except GARBAGE as err:
         cause = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise UserError(f'{path} is damaged ({cause}). Delete it; it will be made anew.') from err
     if found != fingerprint:
