@@ -238,7 +238,7 @@ def run(slices: list[str] | None, json_path: str | None, dry_run: bool, echo: Ca
         job = open_job(slices, **options)
         names = ', '.join(map(slicing.slice_name, slice_list(slices, job.dataset.resolution)))
         echo(f'{job.network_path}\n{job.dataset.path}: {len(job.dataset)} images\n{machine(job.device)}\nSlices: {names}\n'
-             f'Encoders: {options["prepare_kimg"]:g} kimg each, in {prepare_codes.cache_dir(job) / "encoders"}\nDry run; nothing was written.')
+             f'Encoders: {options["prepare_kimg"]:g} kimg each, in {transfer.cache_dir(job) / "encoders"}\nDry run; nothing was written.')
         return None
     found = advise(slices=slices, echo=echo, **options)
     if json_path is not None:

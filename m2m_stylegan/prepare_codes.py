@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m2m_stylegan import autoencoder, detectors, downloads, feature_stats, metrics, preparation, slicing, transfer
+from m2m_stylegan import autoencoder, detectors, feature_stats, metrics, preparation, slicing, transfer
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.evaluate import halves
@@ -33,7 +33,7 @@ class Judge:
         self.detector = detectors.load(detectors.OFFLINE, device=job.device)
         options = job.options
         view = ImageDataset(job.dataset.path, max_size=options.subset, random_seed=options.seed)
-        cache = StatsCache(cache_dir(job))
+        cache = StatsCache(transfer.cache_dir(job))
         # The key of evaluate.Evaluator, so that its caches serve both.
         key = {'dataset': view.name, 'fingerprint': view.fingerprint, 'mirrored': False, 'num': len(view), 'detector': self.detector.identity}
         self.real = cache.read(key, keep=True)
@@ -79,11 +79,6 @@ def open_judge(job: transfer.Job, num: int, echo: Callable[[str], None]) -> Judg
         return None
 
 
-def cache_dir(job: transfer.Job) -> Path:
-    """Where this job keeps what it can use again."""
-    return Path(job.options.cache_dir) if job.options.cache_dir else downloads.default_cache_dir()
-
-
 def open_job(options: TransferOptions) -> transfer.Job:
     """The job of tools/transfer.py for these options, its images read and its device set up in the same way. Raises UserError."""
     job = transfer.plan(options)
@@ -112,7 +107,7 @@ def run(options: TransferOptions, outdir: Path | None, echo: Callable[[str], Non
     judge = open_judge(job, num, echo)
     if judge is not None:
         echo(f'Floor: {METRIC.name} {judge.decoded(prepared):.2f} of {num} decoded codes; two halves of the images have {judge.floor:.2f}')
-    root = cache_dir(job)
+    root = transfer.cache_dir(job)
     codes, = root.glob(f'features/*-codes-{preparation.digest(prepared.codes.fingerprint)}')
     echo(f'Encoders: {root / "encoders"}\nCodes:    {codes} ({len(prepared.codes)} images, {prepared.codes.nbytes / 2 ** 20:.1f} MiB)')
     if outdir is not None:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import time
@@ -187,6 +186,11 @@ def make_grid(job: Job, G, directory: Path) -> Grid:
     return Grid(size, z, c)
 
 
+def cache_dir(job: Job) -> Path:
+    """Where this job keeps what it can use again."""
+    return Path(job.options.cache_dir) if job.options.cache_dir else downloads.default_cache_dir()
+
+
 def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank:
     """The cached low-res features for this pickle, slice and labels: made with a progress bar, or found from an earlier run."""
     loop, options = job.loop, job.options
@@ -204,14 +208,11 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     item_bytes = sum(value[0].numel() * (dtype.itemsize if name in ('x', 'img') else 4) for name, value in probe.items())
     chunk_items = feature_bank.CHUNK_ITEMS
     num_items = options.bank or min(max(features.items_for_budget(item_bytes, BANK_BYTES), chunk_items), BANK_ITEMS) // chunk_items * chunk_items
-    all_labels = job.dataset.get_labels(range(len(job.dataset)))
     fingerprint = {
         'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
-        'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': hashlib.sha256(all_labels.tobytes()).hexdigest(), 'items': num_items,
+        'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': preparation.labels_digest(job.dataset), 'items': num_items,
         'dtype': str(dtype), 'force_fp32': loop.force_fp32, 'device': job.device.type}
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-    root = Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir()
-    directory = root / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{digest}'
+    directory = cache_dir(job) / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{preparation.digest(fingerprint)}'
     echo(f'Feature cache: {num_items} latents of {item_bytes / 1024:.0f} KiB in {directory}')
     with progress_bar(total=num_items, unit='latent', desc='Caching low-res features') as progress:
         cache = features.write(
@@ -227,7 +228,7 @@ def open_codes(job: Job, directory: Path, echo: Callable[[str], None]) -> prepar
     kimg = preparation.SOURCE_KIMG + preparation.TARGET_KIMG if options.prepare_kimg is None else options.prepare_kimg
     share = preparation.SOURCE_KIMG / (preparation.SOURCE_KIMG + preparation.TARGET_KIMG)
     return preparation.prepare(
-        job.snapshot, job.dataset, job.loop.slice_res, cache_dir=Path(options.cache_dir) if options.cache_dir else downloads.default_cache_dir(),
+        job.snapshot, job.dataset, job.loop.slice_res, cache_dir=cache_dir(job),
         device=job.device, name=job.network_path.stem, source_kimg=kimg * share, target_kimg=kimg * (1 - share),
         max_seconds=None if options.prepare_minutes is None else options.prepare_minutes * 60, seed=options.seed,
         picture=directory / 'encoded.png' if distributed.rank() == 0 else None, echo=echo)
