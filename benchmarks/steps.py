@@ -35,12 +35,11 @@ def codes(G, D, res: int, batch: int) -> tuple[code_game.CodeGame, phases.Batch]
     device = next(G.parameters()).device
     c = torch.zeros([batch, 0], device=device)
     encoder = autoencoder.new_encoder(G, D, res, lambda num: torch.zeros([num, 0], device=device)).requires_grad_(False)
-    (x, img, w), images = autoencoder.source_samples(G, batch, c, res)
-    with torch.no_grad():
-        p = encoder(*autoencoder.inputs_of(D, images, res))[2]
-    real = {'p': p, 'w': w, 'c': c} | {name: value for name, value in [('x', x), ('img', img)] if value is not None}
-    scale = None if x is None else torch.ones([x.shape[1] + img.shape[1]], device=device)
-    prepared = preparation.Prepared(res, encoder, None, scale, 0.0, 0.0, 0.0)
+    (x, img, w), _ = autoencoder.source_samples(G, batch, c, res)
+    real = {'index': torch.arange(batch, device=device), 'w': w, 'c': c}
+    real |= {name: value for name, value in [('x', x), ('img', img)] if value is not None}
+    metric = None if x is None else torch.eye(x.shape[1] + img.shape[1], device=device)
+    prepared = preparation.Prepared(res, encoder, range(batch), metric, 0.0, 0.0, 0.0)  # Of the codes, only their number is asked for.
     return code_game.make_game(G, prepared, code_game.CodeOptions(), lambda name, value: None, {}), real
 
 

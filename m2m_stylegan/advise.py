@@ -19,7 +19,7 @@ from m2m_stylegan.files import atomic_write
 from m2m_stylegan.image_sources import generated_images
 from m2m_stylegan.step_costs import Cost
 from m2m_stylegan.training_loop import random_labels
-from m2m_stylegan.transfer_options import TransferOptions, loop_options, parse_slice
+from m2m_stylegan.transfer_options import TransferOptions, parse_slice, stages
 
 CHEAPER = 4  # A step of low-res training must be so many times cheaper than a full one to be worth its floor,
 CLEARLY = 0.5  # and its floor at most this share of the distance of the untouched source network.
@@ -127,7 +127,7 @@ def _variant(job: transfer.Job, train: str, res: int | None = None) -> transfer.
     """The job with another --train and --slice, all else at its defaults."""
     options = dataclasses.replace(job.options, train=train, slice=res and slicing.slice_name(res),
                                   prepare_kimg=job.options.prepare_kimg if train == 'low-res' else None)
-    found = dataclasses.replace(job, options=options, loop=loop_options(options, job.dataset.resolution, job.device))
+    found = dataclasses.replace(job, options=options, stages=stages(options, job.dataset.resolution, job.device))
     transfer.check_group(job.snapshot.D, found.loop.batch_gpu)
     return found
 

@@ -14,7 +14,8 @@ from m2m_stylegan import slicing
 
 Batch = dict[str, torch.Tensor]
 
-SENSITIVITY_BATCHES, SENSITIVITY_ITEMS = 4, 16
+SENSITIVITY_BATCHES, SENSITIVITY_ITEMS = 32, 4
+STATISTICS_ITEMS = 64
 PRIOR_WEIGHT = 0.001
 
 
@@ -48,11 +49,11 @@ class WHead(torch.nn.Module):
 
 
 class Encoder(torch.nn.Module):
-    """(h, y) => (x, img, p): head of the encoder. What it does not predict at a slice is None; w is to_w(p).
+    """(h, y) => (x, img, w): head of the encoder. What is not there at a slice is None.
 
     h [N, h_channels, r', r'] is c1(image) and y [N, img_channels, r', r'] the image averaged over squares; r' is the slice resolution, 4 for slice
-    w. Outputs: x [N, x_channels, r, r] and img [N, img_channels, r, r] (if G has one), as of slicing.g_low, and p [N, 2 width], from which
-    to_w makes w [N, w_dim]. All float32. Everything is predicted in units of its mean and standard deviation over images of the source G.
+    w. Outputs: x [N, x_channels, r, r] and img [N, img_channels, r, r] (if G has one), as of slicing.g_low, and w [N, w_dim]. All float32.
+    Everything is predicted in units of its mean and standard deviation over images of the source G.
     """
 
     def __init__(self, h_channels: int, img_channels: int, x_channels: int, has_img: bool, w_dim: int, width: int):
@@ -68,17 +69,12 @@ class Encoder(torch.nn.Module):
 
     def forward(self, h: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         t = self.trunk(self.stem(torch.cat([h, y], dim=1)))
-        p = torch.cat([t.mean(dim=(2, 3)), t.amax(dim=(2, 3))], dim=1)
+        w = self.to_w(torch.cat([t.mean(dim=(2, 3)), t.amax(dim=(2, 3))], dim=1))
         if not self.x_channels:
-            return None, None, p
+            return None, None, w
         xi = self.to_x(F.leaky_relu(t, 0.2)) * _channels(self.x_std) + _channels(self.x_mean)
         x, img = xi[:, :self.x_channels], xi[:, self.x_channels:]
-        return x, img if img.shape[1] else None, p
-
-    def code(self, h: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        """(x, img, w) of (h, y)."""
-        x, img, p = self(h, y)
-        return x, img, self.to_w(p)
+        return x, img if img.shape[1] else None, w
 
 
 def _channels(values: torch.Tensor) -> torch.Tensor:
@@ -114,7 +110,7 @@ def source_samples(G, num: int, c: torch.Tensor, res: int) -> tuple[tuple, torch
 
 def new_encoder(G, D, res: int, labels: Callable[[int], torch.Tensor]) -> Encoder:
     """An untrained encoder for slice `res` of these networks, with their statistics. Draws from the global RNG."""
-    (x, img, w), images = source_samples(G, 4 * SENSITIVITY_ITEMS, labels(4 * SENSITIVITY_ITEMS), res)
+    (x, img, w), images = source_samples(G, STATISTICS_ITEMS, labels(STATISTICS_ITEMS), res)
     h, _ = inputs_of(D, images[:2], res)
     encoder = Encoder(h.shape[1], D.img_channels, 0 if x is None else x.shape[1], img is not None, G.w_dim, max(h.shape[1], 32)).to(w.device)
     encoder.to_w.mean.copy_(w.mean(dim=0))
@@ -128,7 +124,7 @@ def new_encoder(G, D, res: int, labels: Callable[[int], torch.Tensor]) -> Encode
 
 def source_loss(encoder: Encoder, code: tuple, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the code that G made the image from, in standard deviations: scalar."""
-    found = encoder.code(h, y)
+    found = encoder(h, y)
     terms = [((found[2] - code[2]) / encoder.to_w.std).square().mean()]
     if code[0] is not None:
         pairs = [(a, b) for a, b in zip(found[:2], code[:2], strict=True) if b is not None]
@@ -140,7 +136,7 @@ def source_loss(encoder: Encoder, code: tuple, h: torch.Tensor, y: torch.Tensor)
 def target_loss(encoder: Encoder, G, D, h: torch.Tensor, y: torch.Tensor, img: torch.Tensor, res: int) -> torch.Tensor:
     """4 |g1(E(img)) - img|_1 + relative squared distance of D's high-res features, the perceptual loss that costs no further network
     + PRIOR_WEIGHT (w in standard deviations of the source's)^2, without which w goes where no latent leads: scalar."""
-    code = encoder.code(h, y)
+    code = encoder(h, y)
     found = decode(G, code, res, noise_mode='random')
     features, _ = slicing.d_high(D, found, encoder_resolution(res), force_fp32=True)
     scale = h.square().mean(dim=(0, 2, 3), keepdim=True) + 1e-8
@@ -149,22 +145,30 @@ def target_loss(encoder: Encoder, G, D, h: torch.Tensor, y: torch.Tensor, img: t
 
 
 @torch.no_grad()
-def sensitivity_scale(G, codes: Batch, res: int) -> torch.Tensor:
-    """Weights [K] of the channels of (x, img): how strongly g1's image reacts to them at the target images. Draws from the global RNG.
+def sensitivity(G, codes: Batch, res: int) -> torch.Tensor:
+    """Matrix S [K, K] that measures differences of (x, img) by what g1 shows of them at the target images. Draws from the global RNG.
 
-    codes: x [M, C, r, r], img [M, img_channels, r, r] (absent where G has none), w [M, w_dim], float32. Root of the mean of |J^T v|^2 over images,
-    positions and random v (Hutchinson), J of g1, so that scaled differences are pixel differences to first order; then divided by one number, for
-    which scaled codes have variance 1. Unit variance per channel would blow up dead channels.
+    codes: x [M, C, r, r], img [M, img_channels, r, r] (absent where G has none), w [M, w_dim], float32. S is the symmetric root of the mean of
+    J^T v (J^T v)^T over images, positions and random v, J the Jacobian of g1 (Hutchinson): to first order |S e|^2, summed over positions, is
+    the squared difference of pixels, but for what neighbouring positions do together. It is scaled so that S applied to centred codes
+    has variance 1. What one number per channel instead loses: docs/method.md.
     """
-    total = torch.zeros([], device=codes['w'].device)
     names = [name for name in ('x', 'img') if name in codes]
+    total = torch.zeros([], dtype=torch.float64, device=codes['w'].device)
     for _ in range(SENSITIVITY_BATCHES):
         index = torch.randint(len(codes['w']), [SENSITIVITY_ITEMS], device=codes['w'].device)
         parts = {name: codes[name][index].requires_grad_(True) for name in names}
         with torch.enable_grad():
             images = decode(G, (parts['x'], parts.get('img'), codes['w'][index]), res)
             grads = torch.autograd.grad((images * torch.randn_like(images)).sum(), list(parts.values()))
-        total = total + torch.cat([g.square().mean(dim=(0, 2, 3)) for g in grads])
-    scale = total.sqrt()
-    variance = torch.cat([codes[name].var(dim=(0, 2, 3)) for name in names])
-    return scale / (scale.square() * variance).mean().sqrt().clamp_min(1e-8)
+        grads = torch.cat(grads, dim=1).transpose(0, 1).flatten(1)  # [K, N * r * r]
+        total = total + (grads @ grads.T).double()
+    values, vectors = torch.linalg.eigh(total)
+    root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
+    centred = torch.cat([codes[name] - codes[name].mean(dim=(0, 2, 3), keepdim=True) for name in names], dim=1)
+    return root / apply(root, centred).square().mean().sqrt().clamp_min(1e-8)
+
+
+def apply(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """matrix [K, K] times the channels of values [N, K, r, r], at every position."""
+    return F.conv2d(values, matrix[:, :, None, None])

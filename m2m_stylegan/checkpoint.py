@@ -22,8 +22,9 @@ from m2m_stylegan.feature_files import GARBAGE, digest_of
 from m2m_stylegan.files import atomic_write
 
 FILE_NAME = 'm2m-checkpoint.safetensors'
-FORMAT = 2
-COUNTERS = {**dict.fromkeys(['cur_nimg', 'batch_idx', 'cur_tick', 'tick_start_nimg', 'backoffs'], torch.int64), 'elapsed_seconds': torch.float64}
+FORMAT = 3
+COUNTERS = {**dict.fromkeys(['stage', 'stage_start_nimg', 'cur_nimg', 'batch_idx', 'cur_tick', 'tick_start_nimg', 'backoffs'], torch.int64),
+            'elapsed_seconds': torch.float64}
 _METADATA_KEY = 'm2m_stylegan'
 _SEPARATOR = '|'  # in no name of a tensor or of a statistic
 
@@ -111,6 +112,11 @@ def load(run_dir: Path, live: Live, echo: Callable[[str], object] = print) -> No
         raise
     except (*GARBAGE, RuntimeError) as err:  # intact, but not written by `save`
         raise UserError(f'{path} does not hold what a checkpoint of this tool holds ({type(err).__name__}: {err}).') from err
+
+
+def newest(run_dir: Path, echo: Callable[[str], object] = print) -> dict:
+    """The tree of tensors that `load` would restore, on the CPU; of damaged checkpoints `echo` tells. Raises UserError if there is none."""
+    return read(distributed.from_main(_newest_intact, run_dir, echo))
 
 
 def read(path: Path) -> dict:

@@ -3,18 +3,17 @@
 The cached codes of the target images, (x, img, w) of autoencoder.Encoder, split the job of G's low-res part in two:
   mapping network    against a small critic on w, with the encoder's w as reals: the high-quality experiment of Mind2Mind (arXiv 1906.11613)
   synthesis blocks   regression on pairs: run on the w of an image they are to make its (x, img), in the metric of what g1 shows of it
-The w of the images moves along with the synthesis blocks, so that images get those w from which they can be made. At slice w there are no
-synthesis blocks to train, and w stays. What else was tried, and why this was kept: docs/method.md.
+The w of each image moves along with the synthesis blocks, so that images get those w from which they can be made, as in Generative Latent
+Optimization (arXiv 1707.05776). At slice w there are no synthesis blocks to train, and w stays. What else was tried, and why this was kept:
+docs/method.md.
 """
 
-import copy
 import dataclasses
 import itertools
 
 import torch
 
-from m2m_stylegan import distributed, losses, slicing
-from m2m_stylegan.autoencoder import WHead
+from m2m_stylegan import autoencoder, distributed, losses, slicing
 from m2m_stylegan.losses import Report
 from m2m_stylegan.phases import Batch, Phase
 
@@ -35,7 +34,8 @@ class CodeOptions:
     moment_weight: float = 1.0  # of matching mean and covariance, which brings the mapping network near at once (docs/method.md)
     moment_items: int = 256     # latents per step for that
     map_lr: float = 1e-3        # of critic and mapping network
-    pair_lr: float = 1e-2
+    pair_lr: float = 1e-2       # of the synthesis blocks
+    w_lr: float = 1e-2          # of the w of the images, in standard deviations of the source's w
     w_jitter: float = 0.1       # noise on w, in standard deviations of the source's w: what lies between the images is trained, too
     w_anchor: float = 0.001     # weight of keeping w where the encoder found it, without which g1 would show something else
 
@@ -82,13 +82,21 @@ class Critic(torch.nn.Module):
         return self.layers(torch.cat([normalized, c], dim=1))
 
 
-class CodeGame:
-    """The objectives of low-res training in feature space; `real` holds p, w, c and, at spatial slices, x and img (if G has one) of target images."""
+class Latents(torch.nn.Module):
+    """How far the w of each target image has moved from where the encoder found it: [num_items, w_dim], in standard deviations of the source's w."""
 
-    def __init__(self, G, head: WHead, critic: Critic, scale: torch.Tensor | None, res: int, options: CodeOptions, report: Report,
+    def __init__(self, num_items: int, w_dim: int):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.zeros(num_items, w_dim))
+
+
+class CodeGame:
+    """The objectives of low-res training in feature space; `real` holds index, w, c and, at spatial slices, x and img (if G has one)."""
+
+    def __init__(self, G, latents: Latents, critic: Critic, metric: torch.Tensor | None, res: int, options: CodeOptions, report: Report,
                  block_kwargs: dict):
-        """head: a copy of the encoder's, trained here. scale: weights [K] of the channels of (x, img), None at slice w."""
-        self.G, self.head, self.critic, self.scale, self.res, self.options = G, head, critic, scale, res, options
+        """metric: [K, K] for the channels of (x, img), of autoencoder.sensitivity; None at slice w."""
+        self.G, self.latents, self.critic, self.metric, self.res, self.options = G, latents, critic, metric, res, options
         self.report, self.block_kwargs = report, block_kwargs
         self.pl_mean = torch.zeros([], device=critic.mean.device)  # of no use here; every game has one, and checkpoints store it
 
@@ -117,8 +125,7 @@ class CodeGame:
         options, critic, c = self.options, self.critic, real['c']
         with torch.no_grad():
             fake = critic.normalize(self.G.mapping(latents['z'], latents['c'], skip_w_avg_update=True)[:, 0])
-            found = self.head(real['p'])
-            found = critic.normalize(found + options.w_jitter * self.head.std * torch.randn_like(found))
+            found = self._w_of(real)
         critic.see(found)
         found.requires_grad_(options.critic == 'logistic')
         score_fake, score_real = critic.score(fake, latents['c']), critic.score(found, c)
@@ -135,16 +142,21 @@ class CodeGame:
         (loss.mean() * gain).backward()
 
     def g_pairs(self, latents: Batch, real: Batch, gain: float) -> None:
-        """Synthesis blocks and head: the code of an image from its w."""
-        w = self.head(real['p'])
-        ws = (w + self.options.w_jitter * self.head.std * torch.randn_like(w)).unsqueeze(1).expand(-1, self.G.num_ws, -1)
+        """Synthesis blocks and w of the images: the code of an image from its w."""
+        critic = self.critic
+        ws = (self._w_of(real) * critic.std + critic.mean).unsqueeze(1).expand(-1, self.G.num_ws, -1)
         x, img = slicing.g_low(self.G, ws, self.res, **self.block_kwargs)
         pairs = [(found, real[name]) for name, found in [('x', x), ('img', img)] if found is not None]
-        error = torch.cat([found.float() - wanted for found, wanted in pairs], dim=1) * self.scale[None, :, None, None]
-        anchor = ((w - real['w']) / self.head.std).square().mean(dim=1)
+        error = autoencoder.apply(self.metric, torch.cat([found.float() - wanted for found, wanted in pairs], dim=1))
+        anchor = self.latents.offset[real['index']].square().mean(dim=1)
         loss = error.square().mean(dim=(1, 2, 3))
         self.report('Loss/G/pairs', loss.detach())
         ((loss + self.options.w_anchor * anchor).mean() * gain).backward()
+
+    def _w_of(self, real: Batch) -> torch.Tensor:
+        """Jittered w of the images, normalised."""
+        w = self.critic.normalize(real['w']) + self.latents.offset[real['index']]
+        return w + self.options.w_jitter * torch.randn_like(w)
 
     def _report_scores(self, score: torch.Tensor, kind: str) -> None:
         self.report(f'Loss/scores/{kind}', score.detach())
@@ -153,21 +165,21 @@ class CodeGame:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """What is trained besides G: goes into checkpoints."""
-        return {'critic': self.critic, 'head': self.head}
+        return {'critic': self.critic, 'latents': self.latents}
 
 
 def make_game(G, prepared, options: CodeOptions, report: Report, block_kwargs: dict) -> CodeGame:
     """The game on prepared codes (preparation.Prepared), with a new critic. Draws from the global RNG."""
-    head = copy.deepcopy(prepared.encoder.to_w).requires_grad_(False)
-    device = head.std.device
-    critic = Critic(G.w_dim, G.c_dim).to(device).requires_grad_(False)
-    critic.mean.copy_(head.mean)
-    critic.std.copy_(head.std)
-    return CodeGame(G, head, critic, prepared.scale, prepared.res, options, report, block_kwargs)
+    statistics = prepared.encoder.to_w
+    critic = Critic(G.w_dim, G.c_dim).to(statistics.std.device).requires_grad_(False)
+    critic.mean.copy_(statistics.mean)
+    critic.std.copy_(statistics.std)
+    latents = Latents(len(prepared.codes), G.w_dim).to(statistics.std.device).requires_grad_(False)
+    return CodeGame(G, latents, critic, prepared.metric, prepared.res, options, report, block_kwargs)
 
 
 def make_phases(game: CodeGame) -> list[Phase]:
-    """Gmain (mapping network), Gpairs (synthesis blocks and head; not at slice w), Dmain (critic)."""
+    """Gmain (mapping network), Gpairs (synthesis blocks and w of the images; not at slice w), Dmain (critic)."""
     options, G = game.options, game.G
     betas = (0.0, 0.5) if options.critic == 'wgan-gp' else (0.0, 0.99)
     scaled = [p for name, p in G.mapping.named_parameters() if not name.startswith('embed.')]
@@ -176,12 +188,14 @@ def make_phases(game: CodeGame) -> list[Phase]:
     if embed:
         groups.append({'params': embed, 'lr': options.map_lr})
 
-    def phase(name: str, groups: list[dict], lr: float, betas: tuple[float, float], interval: int, accumulate) -> Phase:
-        optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
+    def phase(name: str, groups: list[dict], betas: tuple[float, float], interval: int, accumulate) -> Phase:
+        optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
         return Phase(name, [p for group in optimizer.param_groups for p in group['params']], optimizer, interval, accumulate, gain=1.0)
 
-    found = [phase('Gmain', groups, options.map_lr, betas, options.n_critic if options.critic == 'wgan-gp' else 1, game.g_main)]
-    if game.scale is not None:
+    found = [phase('Gmain', groups, betas, options.n_critic if options.critic == 'wgan-gp' else 1, game.g_main)]
+    if game.metric is not None:
         synthesis = [p for name, p in G.synthesis.named_parameters() if slicing.is_low_res(name, game.res)]
-        found.append(phase('Gpairs', [{'params': [*synthesis, *game.head.parameters()]}], options.pair_lr, (0.9, 0.99), 1, game.g_pairs))
-    return [*found, phase('Dmain', [{'params': list(game.critic.parameters())}], options.map_lr, betas, 1, game.d_main)]
+        # Without momentum: an image that is not in the batch has no gradient, and is to stay where it is.
+        latents = {'params': [game.latents.offset], 'lr': options.w_lr, 'betas': (0.0, 0.99)}
+        found.append(phase('Gpairs', [{'params': synthesis, 'lr': options.pair_lr}, latents], (0.9, 0.99), 1, game.g_pairs))
+    return [*found, phase('Dmain', [{'params': list(game.critic.parameters()), 'lr': options.map_lr}], betas, 1, game.d_main)]

@@ -52,6 +52,9 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+_RECEIVED = ' received'
+
+
 class Limits:
     """Images, seconds and signals that end a session, and the clock of the snapshots. Every process comes to the same decisions.
 
@@ -76,7 +79,12 @@ class Limits:
             return f'{options.total_kimg:g} kimg reached', snapshot
         if late:
             return f'time budget of {stats.format_time(options.max_seconds)} used', snapshot
-        return f'{signal.Signals(number).name} received' if number else None, snapshot
+        return signal.Signals(number).name + _RECEIVED if number else None, snapshot
+
+    @staticmethod
+    def interrupted(reason: str) -> bool:
+        """Is this reason of `check` a signal, and not a limit?"""
+        return reason.endswith(_RECEIVED)
 
     def _snapshots_due(self) -> int:
         return int(self.elapsed_seconds() / self.options.snapshot_seconds) if self.options.snapshot_seconds else 0

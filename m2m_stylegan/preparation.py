@@ -37,8 +37,8 @@ class Prepared:
 
     res: int
     encoder: Encoder
-    codes: features.FeatureCache  # x, img (where G has them), p and w of each image of the set, mirrored ones included
-    scale: torch.Tensor | None  # [K], of the channels of (x, img): autoencoder.sensitivity_scale; None at slice w
+    codes: features.FeatureCache  # x, img (where G has them), w of each image of the set, mirrored ones included
+    metric: torch.Tensor | None  # [K, K], of the channels of (x, img): autoencoder.sensitivity; None at slice w
     psnr: float           # dB, of the decoded codes against the images
     feature_error: float  # squared distance of D's high-res features, relative to their size
     seconds: float        # wall clock of what was not found in the cache
@@ -101,16 +101,16 @@ def prepare(
             distributed.copy_from_main_([*encoder.parameters(), *encoder.buffers()])
         encoder.requires_grad_(False)
 
-        fingerprint = {'kind': 'codes 1', **target, 'encoder': digest_of_module(encoder), 'dtype': 'float32'}
+        fingerprint = {'kind': 'codes 2', **target, 'encoder': digest_of_module(encoder), 'dtype': 'float32'}
         codes_dir = cache_dir / 'features' / f'{name}-slice{slice_name}-codes-{digest(fingerprint)}'
         codes = encode(encoder, D, dataset, res, device, codes_dir, fingerprint)
         torch.manual_seed(seed)
-        scale = None if res == slicing.W_SLICE else autoencoder.sensitivity_scale(G, few(codes, device), res)
+        metric = None if res == slicing.W_SLICE else autoencoder.sensitivity(G, few(codes, device), res)
         psnr, feature_error = quality(G, D, codes, dataset, res, device, picture)
     seconds = time.monotonic() - start
     echo(f'Encoder at slice {slice_name}: decoded target images have {psnr:.1f} dB PSNR, relative error of D\'s features {feature_error:.3f}; '
          f'prepared in {seconds:.0f} s')
-    return Prepared(res, encoder, codes, scale, psnr, feature_error, seconds)
+    return Prepared(res, encoder, codes, metric, psnr, feature_error, seconds)
 
 
 def labels_digest(dataset: ImageDataset) -> str:
@@ -194,8 +194,8 @@ def encode(encoder: Encoder, D, dataset: ImageDataset, res: int, device: torch.d
     """The codes of all images of the set, from the cache or computed: one pass through D's high-res part and the encoder's head."""
     @torch.no_grad()
     def make(start: int, stop: int) -> Batch:
-        x, img, p = encoder(*autoencoder.inputs_of(D, images_of(dataset, torch.arange(start, stop), device), res))
-        return {name: value.contiguous() for name, value in [('x', x), ('img', img), ('p', p), ('w', encoder.to_w(p))] if value is not None}
+        x, img, w = encoder(*autoencoder.inputs_of(D, images_of(dataset, torch.arange(start, stop), device), res))
+        return {name: value.contiguous() for name, value in [('x', x), ('img', img), ('w', w)] if value is not None}
 
     with tqdm.tqdm(total=len(dataset), desc='Encoding target images', unit='img', leave=False, dynamic_ncols=True,
                    disable=distributed.rank() != 0) as bar:

@@ -1,5 +1,6 @@
 """Statistics of a training run: collected on the device, summed over processes, written as official `stats.jsonl` and tfevents."""
 
+import functools
 import json
 import math
 import os
@@ -74,6 +75,11 @@ def _sum_over_processes(pending: dict[str, list[float]]) -> dict[str, torch.Tens
     return totals
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text)
+
+
 class StatsWriter:
     """Writes the statistics of one run into its directory; only the first process makes one.
 
@@ -88,7 +94,7 @@ class StatsWriter:
             self._events = SummaryWriter(run_dir)
         except ImportError:
             self._events = None
-            print('No tfevents will be written: the package tensorboard is not installed.')
+            _say_once('No tfevents will be written: the package tensorboard is not installed.')
 
     def write(self, stats: dict[str, dict[str, float]], *, cur_nimg: int, elapsed_s: float) -> None:
         """One tick: `stats` as from `Collector.as_dict`, `elapsed_s` since the start of the run."""

@@ -69,6 +69,8 @@ class State:
     D: torch.nn.Module
     G_ema: torch.nn.Module
     augment_pipe: torch.nn.Module | None
+    stage: int = 0             # of --train=both: 1 once high-res training has begun
+    stage_start_nimg: int = 0  # cur_nimg at that time
     cur_nimg: int = 0
     batch_idx: int = 0
     cur_tick: int = 0
@@ -92,14 +94,15 @@ def batches(dataset: ImageDataset, options: LoopOptions, start_idx: int, device:
 
 
 def code_batches(prepared, dataset: ImageDataset, options: LoopOptions, start_idx: int, device: torch.device) -> Iterator[phases.Batch]:
-    """This process's share of endless batches of cached codes (x, img, p, w, float32) with labels c [N, label_dim], in the order of `batches`."""
+    """This process's share of endless batches, in the order of `batches`: codes (x, img, w; float32), labels c [N, label_dim], `index` [N]."""
     small = prepared.codes.nbytes < CODE_BYTES if device.type == 'cpu' else prepared.codes.fits(device, CODE_RESERVE_BYTES)
     codes = prepared.codes.resident(device) if small else prepared.codes
     labels = torch.from_numpy(dataset.get_labels(range(len(dataset)))).to(device)
     indices = iter(InfiniteSampler(len(dataset), seed=options.seed, start_idx=start_idx, rank=distributed.rank(), num_replicas=options.num_gpus))
     while True:
         index = torch.tensor(list(itertools.islice(indices, options.batch_rank)))
-        yield {**{name: value.to(device).float() for name, value in codes.gather(index).items()}, 'c': labels[index.to(device)]}
+        yield {**{name: value.to(device).float() for name, value in codes.gather(index).items()}, 'c': labels[index.to(device)],
+               'index': index.to(device)}
 
 
 def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, device: torch.device) -> torch.Tensor:
@@ -214,6 +217,8 @@ def training_loop(
         return data
 
     data = load_checkpoint() if resume else batches_from(state.cur_nimg)
+    if state.stage and not resume:
+        checkpoint.save(run_dir, live, options.keep_checkpoints)  # That of the stage before does not fit this one, should it have to go back.
     session_start = tick_start = time.monotonic()
     maintenance_seconds = tick_start - start_time
     with (contextlib.ExitStack() as stack, StopRequest() as stop,
@@ -239,7 +244,7 @@ def training_loop(
                         collector.report(f'Timing/{phase.name}', (time.perf_counter() - phase_start) * 1000)
 
             # Moving average, counters, feature bank.
-            beta = losses.ema_beta(options.batch_size, state.cur_nimg, options.ema_kimg, options.ema_rampup)
+            beta = losses.ema_beta(options.batch_size, state.cur_nimg - state.stage_start_nimg, options.ema_kimg, options.ema_rampup)
             phases.update_ema(state.G_ema, state.G, beta, names['G'])
             state.cur_nimg += options.batch_size
             state.batch_idx += 1
@@ -287,6 +292,7 @@ def training_loop(
                 checkpoint.save(run_dir, live, options.keep_checkpoints)
             tick_start = time.monotonic()
             maintenance_seconds = tick_start - now
+        state.elapsed_seconds = limits.elapsed_seconds()
     echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.monotonic() - session_start)}.')
     return reason
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,27 @@ import torch
 import tqdm
 
 from m2m_stylegan import bank as feature_bank
-from m2m_stylegan import distributed, downloads, faults, features, locks, networks, phases, preparation, resume, run_dir, slicing, snapshots
+from m2m_stylegan import (
+    checkpoint,
+    distributed,
+    downloads,
+    faults,
+    features,
+    locks,
+    networks,
+    phases,
+    preparation,
+    resume,
+    run_dir,
+    slicing,
+    snapshots,
+)
 from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
 from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.images import from_uint8, save_image_grid, save_panels
 from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, sample_grid, trained_names, training_loop
-from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, loop_options, new_network_kwargs
+from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, new_network_kwargs, stages
 
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
 BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
@@ -39,10 +54,15 @@ class Job:
     dataset_kwargs: dict
     snapshot: snapshots.Snapshot | None  # None: from scratch
     network_path: Path | None
-    loop: LoopOptions
+    stages: list[LoopOptions]
     G_kwargs: dict | None  # only from scratch
     D_kwargs: dict | None
     augment_kwargs: dict | None  # constructor arguments of the augmentation pipe
+
+    @property
+    def loop(self) -> LoopOptions:
+        """The options of the only stage, or of the last one."""
+        return self.stages[-1]
 
 
 def plan(options: TransferOptions) -> Job:
@@ -58,7 +78,8 @@ def plan(options: TransferOptions) -> Job:
         options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
     if snapshot is not None:
         check_match(snapshot.G_ema, dataset)
-    loop = loop_options(options, dataset.resolution, device)
+    loops = stages(options, dataset.resolution, device)
+    loop = loops[-1]
     if loop.slice_res is not None:
         slicing.check_slice(loop.slice_res, dataset.resolution, lowest=slicing.W_SLICE if loop.codes else 4)
     num_images = len(dataset) // (2 if options.mirror else 1)
@@ -72,7 +93,7 @@ def plan(options: TransferOptions) -> Job:
     if options.subset:
         dataset_kwargs['random_seed'] = options.seed
     G_kwargs, D_kwargs = new_network_kwargs(options, dataset, loop) if snapshot is None else (None, None)
-    return Job(options, device, dataset, dataset_kwargs, snapshot, network_path, loop, G_kwargs, D_kwargs,
+    return Job(options, device, dataset, dataset_kwargs, snapshot, network_path, loops, G_kwargs, D_kwargs,
                None if options.aug == 'noaug' else augpipe_kwargs(options.augpipe or 'bgc'))
 
 
@@ -191,8 +212,11 @@ def cache_dir(job: Job) -> Path:
     return Path(job.options.cache_dir) if job.options.cache_dir else downloads.default_cache_dir()
 
 
-def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank:
-    """The cached low-res features for this pickle, slice and labels: made with a progress bar, or found from an earlier run."""
+def open_bank(job: Job, G_ema, directory: Path | None, echo: Callable[[str], None]) -> feature_bank.Bank:
+    """The cached low-res features for this G_ema, slice and labels: made with a progress bar, or found from an earlier run.
+
+    directory: for features of a low-res part of this run's own, which nobody else can use; None: in the cache directory, for those of the pickle.
+    """
     loop, options = job.loop, job.options
     kwargs = {'force_fp32': loop.force_fp32}
 
@@ -209,10 +233,12 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
     chunk_items = feature_bank.CHUNK_ITEMS
     num_items = options.bank or min(max(features.items_for_budget(item_bytes, BANK_BYTES), chunk_items), BANK_ITEMS) // chunk_items * chunk_items
     fingerprint = {
-        'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256, 'slice': loop.slice_res, 'seed': options.seed,
+        'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256 if directory is None else low_res_digest(G_ema, loop.slice_res),
+        'slice': loop.slice_res, 'seed': options.seed,
         'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': preparation.labels_digest(job.dataset), 'items': num_items,
         'dtype': str(dtype), 'force_fp32': loop.force_fp32, 'device': job.device.type}
-    directory = cache_dir(job) / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{preparation.digest(fingerprint)}'
+    if directory is None:
+        directory = cache_dir(job) / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{preparation.digest(fingerprint)}'
     echo(f'Feature cache: {num_items} latents of {item_bytes / 1024:.0f} KiB in {directory}')
     with progress_bar(total=num_items, unit='latent', desc='Caching low-res features') as progress:
         cache = features.write(
@@ -220,6 +246,12 @@ def open_bank(job: Job, G_ema, echo: Callable[[str], None]) -> feature_bank.Bank
             shard_items=max((64 << 20) // item_bytes // chunk_items, 1) * chunk_items, rank=distributed.rank(), num_replicas=distributed.world_size(),
             progress=progress.update)
     return feature_bank.Bank(cache.resident(job.device), lambda chunk: make(chunk, dtype))
+
+
+def low_res_digest(G, res: int) -> str:
+    """Checksum of the tensors of G's low-res part."""
+    names = slicing.tensor_names(G, res, 'low-res')
+    return features.files.digest_of({name: tensor.detach().cpu() for name, tensor in G.state_dict().items() if name in names})
 
 
 def open_codes(job: Job, directory: Path, echo: Callable[[str], None]) -> preparation.Prepared:
@@ -306,20 +338,56 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
     before = sample_grid(state.G_ema.eval(), grid, job.loop.batch_gpu, **kwargs) if main else None
     if main and not resumed:
         save_image_grid(before, directory / 'fakes_init.png', (-1, 1), grid.size)
-    bank = open_bank(job, state.G_ema, echo) if job.loop.train == 'high-res' else None
-    prepared = open_codes(job, directory, echo) if job.loop.codes else None
-    echo(describe_blocks(job, state))
 
     def save_network(path: Path, state: State) -> None:
         snapshots.save(path, G=state.G, D=state.D, G_ema=state.G_ema, augment_pipe=state.augment_pipe, training_set_kwargs=job.dataset_kwargs,
                        like=job.snapshot)
 
-    training_loop(run_dir=directory, state=state, dataset=job.dataset, options=job.loop, grid=grid, save_network=save_network, bank=bank,
-                  prepared=prepared, device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
+    own_features = directory / 'features' if len(job.stages) > 1 else None
+    for stage in range(first_stage(job, directory, state, echo) if resumed else 0, len(job.stages)):
+        loop = job.stages[stage]
+        if stage and not resumed:
+            begin_stage(state, stage, loop)
+        bank = open_bank(job, state.G_ema, own_features, echo) if loop.train == 'high-res' else None
+        prepared = open_codes(job, directory, echo) if loop.codes else None
+        if len(job.stages) > 1:
+            echo(f'Stage {stage + 1} of {len(job.stages)}: {loop.train} training, until {loop.total_kimg:g} kimg'
+                 + ('' if loop.max_seconds is None else f' or {loop.max_seconds / 60:.1f} minutes'))
+        echo(describe_blocks(loop, state))
+        reason = training_loop(
+            run_dir=directory, state=state, dataset=job.dataset, options=loop, grid=grid, save_network=save_network, bank=bank, prepared=prepared,
+            device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
+        if faults.Limits.interrupted(reason):
+            break
+        start_time, resumed = time.monotonic(), False
+    else:
+        if main and own_features is not None:
+            shutil.rmtree(own_features, ignore_errors=True)
     if main:
         save_before_after(job, directory, before, sample_grid(state.G_ema, grid, job.loop.batch_gpu, **kwargs))
         newest = json.loads((directory / 'snapshots.jsonl').read_text(encoding='utf-8').splitlines()[-1])['pkl']
         echo(f'Result:  {directory / newest}\nPicture: {directory / "before-after.png"}')
+
+
+def first_stage(job: Job, directory: Path, state: State, echo: Callable[[str], None]) -> int:
+    """The stage in which the run in `directory` stopped; G_ema of a later one than the first is restored, since its features are needed."""
+    if len(job.stages) == 1:
+        return 0
+    content = checkpoint.newest(directory, echo)
+    stage = int(content['counters']['stage'])
+    if stage:
+        state.G_ema.load_state_dict(content['modules']['G_ema'])
+    return stage
+
+
+@torch.no_grad()
+def begin_stage(state: State, stage: int, loop: LoopOptions) -> None:
+    """From here on the low-res part of G_ema, whose features are cached, is that of G, too, and the moving average starts anew."""
+    state.stage, state.stage_start_nimg = stage, state.cur_nimg
+    averages = state.G_ema.state_dict()
+    for name, tensor in state.G.state_dict().items():
+        if name in slicing.tensor_names(state.G, loop.slice_res, 'low-res'):
+            tensor.copy_(averages[name])
 
 
 def progress_bar(*args, **kwargs) -> tqdm.tqdm:
@@ -327,16 +395,16 @@ def progress_bar(*args, **kwargs) -> tqdm.tqdm:
     return tqdm.tqdm(*args, leave=False, dynamic_ncols=True, disable=distributed.rank() != 0, **kwargs)
 
 
-def describe_blocks(job: Job, state: State) -> str:
+def describe_blocks(loop: LoopOptions, state: State) -> str:
     """The table of blocks: what is frozen, trained, cached."""
-    names = trained_names(state, job.loop)
+    names = trained_names(state, loop)
     trained = {id(p) for key, net in [('G', state.G), ('D', state.D)] for name, p in net.named_parameters() if name in names[key]}
-    res = job.loop.slice_res
+    res = loop.slice_res
 
     def idle(name: str, block_res: int | None) -> bool:
-        if job.loop.codes is not None:
+        if loop.codes is not None:
             return name.startswith('D.') or (block_res is not None and block_res > res)
-        return job.loop.train == 'high-res' and name.startswith('G.') and (block_res is None or block_res <= res)
+        return loop.train == 'high-res' and name.startswith('G.') and (block_res is None or block_res <= res)
 
     return slicing.format_table(slicing.block_table(state.G, state.D, trained, idle))
 

@@ -11,6 +11,8 @@ from m2m_stylegan.errors import UserError
 from m2m_stylegan.training_loop import LoopOptions
 
 CODE_BATCH = 16  # images per step of low-res training in feature space, whatever the resolution
+KIMG = 1000
+SPLIT = 0.4      # of the budget of --train=both, for low-res training (docs/method.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class TransferOptions:
     data: str | None = None
     train: str = 'high-res'
     slice: str | int | None = None
-    d_trains: str = 'high-res'
+    split: float | None = None
+    d_trains: str | None = None
     no_bypass: bool = False
     critic: str | None = None
     prepare_kimg: float | None = None
@@ -81,12 +84,17 @@ def check_options(options: TransferOptions) -> None:
     need(options.target is None or 0 <= options.target <= 1, f'--target={options.target} must lie in [0, 1]')
     need(options.aug != 'noaug' or options.augpipe is None, '--augpipe has no meaning with --aug=noaug')
     need(options.train != 'full' or options.slice is None,
-         '--slice cuts the networks for --train=high-res and low-res; --train=full trains everything')
-    need(options.train == 'high-res' or options.bank is None, f'--bank is only used with --train=high-res, not with --train={options.train}')
+         '--slice cuts the networks for --train=high-res, low-res and both; --train=full trains everything')
+    need(options.train in ('high-res', 'both') or options.bank is None, f'--bank is only used with --train=high-res and both, not with '
+         f'--train={options.train}')
+    need(options.train in ('high-res', 'both') or options.d_trains is None,
+         f'--d-trains is only used with --train=high-res and both, not with --train={options.train}')
+    need(options.train == 'both' or options.split is None, f'--split is only used with --train=both, not with --train={options.train}')
+    need(options.split is None or 0 < options.split < 1, f'--split={options.split} must lie between 0 and 1')
     need(options.train == 'low-res' or not options.no_bypass, f'--no-bypass is only used with --train=low-res, not with --train={options.train}')
     for name in ('critic', 'prepare_kimg', 'prepare_minutes'):
-        need(bypassed(options) or getattr(options, name) is None,
-             f'--{name.replace("_", "-")} belongs to training in feature space: --train=low-res without --no-bypass')
+        need(prepares(options) or getattr(options, name) is None,
+             f'--{name.replace("_", "-")} belongs to training in feature space: --train=both, or low-res without --no-bypass')
     need(parse_slice(options.slice) is not None or options.slice is None, f'--slice={options.slice}: expected a resolution, or w')
     need(not bypassed(options) or options.aug != 'fixed', '--aug=fixed augments pixels; low-res training in feature space has none')
     for name in ('target', 'augpipe', 'pl_weight'):
@@ -145,12 +153,33 @@ def parse_slice(text: str | int | None) -> int | None:
 
 def slice_of(options: TransferOptions, resolution: int) -> int:
     """The slice resolution: as given, else the default for this image resolution."""
-    return parse_slice(options.slice) or max(resolution // (4 if bypassed(options) else 8), 4)
+    return parse_slice(options.slice) or max(resolution // (4 if prepares(options) else 8), 4)
 
 
 def bypassed(options: TransferOptions) -> bool:
-    """Does training happen in feature space?"""
+    """Does all training happen in feature space?"""
     return options.train == 'low-res' and not options.no_bypass
+
+
+def prepares(options: TransferOptions) -> bool:
+    """Does some training happen in feature space, for which an encoder is needed?"""
+    return bypassed(options) or options.train == 'both'
+
+
+def stages(options: TransferOptions, resolution: int, device: torch.device) -> list[LoopOptions]:
+    """What is trained one after the other: one stage, with --train=both two, of which the first ends after --split of the budget.
+
+    What is said about pixels, D and batches belongs to the second one. D trains as a whole there: its layout is no longer that of the frozen blocks
+    of a generator of other images.
+    """
+    if options.train != 'both':
+        return [loop_options(options, resolution, device)]
+    split = options.split or SPLIT
+    low = dataclasses.replace(
+        options, train='low-res', kimg=split * (options.kimg or KIMG), minutes=None if options.minutes is None else split * options.minutes,
+        batch=None, batch_gpu=None, gamma=None, lr=None)
+    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution), d_trains=options.d_trains or 'all')
+    return [loop_options(o, resolution, device) for o in (low, high)]
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
@@ -178,9 +207,9 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
                                       **({} if options.gamma is None else {'r1_gamma': options.gamma}))
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
-        train=options.train, d_trains=options.d_trains, freezed=options.freezed,
+        train=options.train, d_trains=options.d_trains or 'high-res', freezed=options.freezed,
         slice_res=None if options.train == 'full' else slice_of(options, resolution), seed=options.seed, num_gpus=gpus,
-        batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or 1000,
+        batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or KIMG,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),
         snapshot_ticks=options.snap, snapshot_seconds=None if options.snap_minutes is None else options.snap_minutes * 60,
         G_lr=lr, D_lr=lr, ema_kimg=batch * 10 / 32,

@@ -60,8 +60,8 @@ def test_table_is_complete(tmp_path, files, stub_detector):
             assert 0 < row.high.macs < found.full.macs and 0 < row.high.memory_bytes < found.full.memory_bytes and row.high.seconds > 0
     assert 0 < found.rows[0].low.macs < found.rows[1].low.macs < found.rows[2].low.macs
     assert found.rows[1].high.macs > found.rows[2].high.macs
-    p, w = 20 * 64 * 4, 20 * 8 * 4  # 20 codes of float32: 2 x 32 values of p, w_dim 8; at slice r also x and img
-    assert [row.code_bytes for row in found.rows] == [p + w, p + w + 20 * 4 * 4 * 4 * (8 + 3), p + w + 20 * 4 * 8 * 8 * (8 + 3)]
+    w = 20 * 8 * 4  # 20 codes of float32: w_dim 8; at slice r also x and img
+    assert [row.code_bytes for row in found.rows] == [w, w + 20 * 4 * 4 * 4 * (8 + 3), w + 20 * 4 * 8 * 8 * (8 + 3)]
     assert [row.bank_item_bytes for row in found.rows[1:]] == [2 * 4 * 4 * (8 + 3) + 4 * 8 * 6, 2 * 8 * 8 * (8 + 3) + 4 * 8 * 6]
     assert f'--train={found.train}' in result.output and found.reason in result.output
 

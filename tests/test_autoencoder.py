@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from m2m_stylegan import autoencoder, slicing
-from m2m_stylegan.autoencoder import decode, encoder_resolution, inputs_of, new_encoder, sensitivity_scale, source_loss, source_samples
+from m2m_stylegan.autoencoder import decode, encoder_resolution, inputs_of, new_encoder, sensitivity, source_loss, source_samples
 
 W = slicing.W_SLICE
 
@@ -33,12 +33,11 @@ def test_shapes(res, kwargs):
     h, y = inputs_of(D, images, res)
     small = max(res, 4)
     assert images.shape == (5, channels, 16, 16) and y.shape == (5, channels, small, small) and h.shape == (5, 8, small, small)
-    found = encoder.code(h, y)
+    found = encoder(h, y)
     expected = [None, None] if res == W else [(5, 8, res, res), (5, channels, res, res) if has_img else None]
     for tensors in (code, found):
         assert [None if t is None else t.shape for t in tensors[:2]] == expected and tensors[2].shape == (5, G.w_dim)
         assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in (*tensors, h, y, images) if t is not None)
-    assert torch.equal(encoder.to_w(encoder(h, y)[2]), found[2])
     assert decode(G, found, res).shape == images.shape
     assert source_loss(encoder, code, h, y).shape == autoencoder.target_loss(encoder, G, D, h, y, images, res).shape == ()
     assert not any(t.requires_grad for t in (h, y, images, code[2]))
@@ -75,16 +74,16 @@ def test_source_loss_is_zero_for_the_true_code(res, architecture):
     encoder = new_encoder(G, D, res, labels_of(G))
     code, images = source_samples(G, 6, torch.zeros(6, 0), res)
     inputs = inputs_of(D, images, res)
-    encoder.code = lambda h, y: code
+    encoder.forward = lambda h, y: code
     assert float(source_loss(encoder, code, *inputs)) == 0
     # An error of two standard deviations everywhere costs 4 in w, and 4 in (x, img).
     w = code[2] + 2 * encoder.to_w.std
-    encoder.code = lambda h, y: (*code[:2], w)
+    encoder.forward = lambda h, y: (*code[:2], w)
     assert float(source_loss(encoder, code, *inputs)) == pytest.approx(4, rel=1e-4)
     if res != W:
         std = encoder.x_std[None, :, None, None]
         wrong = (code[0] + 2 * std[:, :8], None if code[1] is None else code[1] - 2 * std[:, 8:], code[2])
-        encoder.code = lambda h, y: wrong
+        encoder.forward = lambda h, y: wrong
         assert float(source_loss(encoder, code, *inputs)) == pytest.approx(4, rel=1e-4)
 
 
@@ -96,7 +95,7 @@ def test_target_loss_is_zero_where_g_makes_the_image():
             layer.noise_strength.zero_()
     encoder = new_encoder(G, D, 8, labels_of(G))
     code, images = source_samples(G, 4, torch.zeros(4, 0), 8)
-    encoder.code = lambda h, y: code
+    encoder.forward = lambda h, y: code
     encoder.to_w.mean.zero_()
     encoder.to_w.std.fill_(1e9)
     h, y = inputs_of(D, images, 8)
@@ -118,7 +117,7 @@ def test_an_untrained_encoder_is_right_on_average(res):
         torch.nn.init.zeros_(layer.bias)
     code, images = source_samples(G, 256, torch.zeros(256, 0), res)
     h, y = inputs_of(D, images, res)
-    found = encoder.code(h, y)
+    found = encoder(h, y)
     for a, b in zip(found, code, strict=True):
         if a is not None:
             dims = [0, 2, 3][: b.ndim - 1]
@@ -170,85 +169,124 @@ def codes_of(G, num, res=8):
     return {name: value for name, value in zip(('x', 'img', 'w'), code, strict=True) if value is not None}
 
 
-def variance_of(codes):
-    return torch.cat([codes[name].var(dim=(0, 2, 3)) for name in ('x', 'img') if name in codes])
+def joined(codes):
+    return torch.cat([codes[name] for name in ('x', 'img') if name in codes], dim=1)
+
+
+def variance_of(values):
+    return (values - values.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
 
 
 def many_batches(monkeypatch):
-    monkeypatch.setattr(autoencoder, 'SENSITIVITY_BATCHES', 16)
+    monkeypatch.setattr(autoencoder, 'SENSITIVITY_BATCHES', 64)
     monkeypatch.setattr(autoencoder, 'SENSITIVITY_ITEMS', 32)
 
 
-def test_sensitivity_against_the_exact_jacobian(monkeypatch):
-    """Of G's own high-res part, at one code."""
+def assert_proportional(matrix, expected, tolerance):
+    """Relative to their size; trace 1."""
+    matrix, expected = matrix / matrix.trace(), expected / expected.trace()
+    assert float((matrix - expected).norm() / expected.norm()) < tolerance
+
+
+def test_matrices_are_applied_at_every_position():
+    matrix, values = torch.randn(5, 5), torch.randn(3, 5, 4, 2)
+    torch.testing.assert_close(autoencoder.apply(matrix, values), torch.einsum('kl,nlhw->nkhw', matrix, values))
+
+
+@pytest.mark.parametrize('architecture', ['skip', 'orig'])
+def test_sensitivity_against_the_exact_jacobian(monkeypatch, architecture):
+    """Of G's own high-res part, at three codes: S^2 is the mean, over images and positions, of the blocks of J^T J between the channels."""
     many_batches(monkeypatch)
-    G, _ = networks()
-    codes = codes_of(G, 1)
-    jacobians = torch.autograd.functional.jacobian(lambda x, img: decode(G, (x, img, codes['w']), 8).flatten(), (codes['x'], codes['img']),
-                                                   vectorize=True)
-    squared = torch.cat([j[:, 0].square().sum(dim=0).mean(dim=(1, 2)) for j in jacobians])  # over pixels, then positions
-    expected = squared.sqrt()
-    expected = expected / (squared * variance_of(codes)).mean().sqrt()
-    scale = sensitivity_scale(G, codes, 8)
-    assert scale.shape == (11,) and float(expected.max() / expected.min()) > 1.5
-    torch.testing.assert_close(scale, expected, rtol=0.05, atol=0)
+    G, _ = networks(architecture=architecture)
+    codes = codes_of(G, 3)
+    names, expected = [name for name in ('x', 'img') if name in codes], 0
+    for i in range(3):
+        jacobian = torch.cat(torch.autograd.functional.jacobian(
+            lambda x, img=None, i=i: decode(G, (x, img, codes['w'][i: i + 1]), 8).flatten(), tuple(codes[name][i: i + 1] for name in names),
+            vectorize=True), dim=2)[:, 0]
+        expected = expected + torch.einsum('pkhw,plhw->kl', jacobian, jacobian)  # over pixels and positions
+    metric = sensitivity(G, codes, 8)
+    assert metric.shape == expected.shape == ((11, 11) if architecture == 'skip' else (8, 8))
+    assert_proportional(metric.T @ metric, expected, 0.04)
+    assert float((expected - expected.diag().diag()).norm() / expected.norm()) > 0.2  # between channels, too
+    torch.testing.assert_close(metric, metric.T)
+    assert float(torch.linalg.eigvalsh(metric).min()) > -1e-5
+    torch.testing.assert_close(variance_of(autoencoder.apply(metric, joined(codes))), torch.tensor(1.0))
 
 
 def test_sensitivity_of_a_linear_decoder(monkeypatch):
-    """Column norms of its matrix; a dead channel has none. Scaled codes have variance 1."""
+    """The root of A^T A, with zeros for a dead channel and for what A maps to zero. Codes get variance 1, whatever their mean."""
     many_batches(monkeypatch)
     matrix = torch.randn(3, 6)
     matrix[:, 2] = 0
     monkeypatch.setattr(autoencoder, 'decode', lambda G, code, res: torch.einsum('oc,nchw->nohw', matrix, torch.cat(code[:2], dim=1)) + 7)
-    codes = {'x': torch.randn(50, 4, 8, 8) * 3, 'img': torch.randn(50, 2, 8, 8), 'w': torch.zeros(50, 8)}
-    scale = sensitivity_scale(None, codes, 8)
-    norms = matrix.norm(dim=0)
-    torch.testing.assert_close(scale / scale.norm(), norms / norms.norm(), rtol=0.03, atol=0)
-    assert scale[2] == 0
-    torch.testing.assert_close((scale.square() * variance_of(codes)).mean(), torch.tensor(1.0))
+    codes = {'x': torch.randn(50, 4, 8, 8) * 3 + 5, 'img': torch.randn(50, 2, 8, 8), 'w': torch.zeros(50, 8)}
+    metric = sensitivity(None, codes, 8)
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    assert_proportional(metric, vectors @ values.clamp_min(0).sqrt().diag() @ vectors.T, 0.02)
+    assert float(metric[2].abs().max()) < 1e-5 and float(metric[:, 2].abs().max()) < 1e-5
+    assert float((metric @ vectors[:, :3]).norm() / metric.norm()) < 1e-2
+    torch.testing.assert_close(variance_of(autoencoder.apply(metric, joined(codes))), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize('architecture', ['skip', 'orig'])
 def test_a_channel_that_the_high_res_part_ignores_has_weight_0(architecture):
     G, _ = networks(architecture=architecture)
     G.synthesis.b16.conv0.weight[:, 5] = 0
-    scale = sensitivity_scale(G, codes_of(G, 8), 8)
-    assert scale.shape == (11 if architecture == 'skip' else 8,)
-    assert scale[5] == 0 and (scale > 0).sum() == len(scale) - 1
+    metric = sensitivity(G, codes_of(G, 8), 8)
+    assert len(metric) == (11 if architecture == 'skip' else 8)
+    for dim in (0, 1):
+        size = metric.abs().amax(dim=dim)
+        assert float(size[5]) < 1e-5 and (size > 0.01).sum() == len(size) - 1
 
 
-@pytest.mark.parametrize('factor', [0.25, 8.0])
-def test_units_of_a_channel_do_not_matter(monkeypatch, factor):
-    """A channel times k, with a decoder that divides it again, has 1/k of the weight: scaled codes, and what they cost, stay."""
+MIXINGS = {
+    'units': lambda: torch.diag(torch.tensor([1.0, 1, 1, 8, 1, 0.25, *[1] * 5])),
+    'rotation': lambda: torch.linalg.qr(torch.randn(11, 11))[0],
+    'any': lambda: torch.eye(11) + 0.2 * torch.randn(11, 11),
+}
+
+
+@pytest.mark.parametrize('name', MIXINGS)
+def test_mixing_the_channels_does_not_matter(monkeypatch, name):
+    """With a decoder that undoes it, differences of the mixed codes measure what those of the codes do."""
     G, _ = networks()
-    codes = codes_of(G, 16)
-    units = torch.ones(8)
-    units[3] = factor
+    codes, mixing = codes_of(G, 16), MIXINGS[name]()
+    inverse, original = torch.linalg.inv(mixing), decode
     torch.manual_seed(1)
-    before = sensitivity_scale(G, codes, 8)
-    original = decode
-    monkeypatch.setattr(autoencoder, 'decode', lambda G, code, res: original(G, (code[0] / units[None, :, None, None], *code[1:]), res))
+    before = sensitivity(G, codes, 8)
+
+    def decode_mixed(G, code, res):
+        x, img = autoencoder.apply(inverse, torch.cat(code[:2], dim=1)).split([8, 3], dim=1)
+        return original(G, (x, img, code[2]), res)
+
+    monkeypatch.setattr(autoencoder, 'decode', decode_mixed)
+    x, img = autoencoder.apply(mixing, joined(codes)).split([8, 3], dim=1)
     torch.manual_seed(1)
-    after = sensitivity_scale(G, {**codes, 'x': codes['x'] * units[None, :, None, None]}, 8)
-    torch.testing.assert_close(after[:8] * units, before[:8])
-    torch.testing.assert_close(after[8:], before[8:])
+    after = sensitivity(G, {'x': x, 'img': img, 'w': codes['w']}, 8)
+    difference = torch.randn(50, 11, 2, 2)
+    lengths = [autoencoder.apply(a, b).norm(dim=1) for a, b in [(before, difference), (after, autoencoder.apply(mixing, difference))]]
+    torch.testing.assert_close(*lengths, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after, after.T)
+    if name == 'rotation':
+        torch.testing.assert_close(after, mixing @ before @ mixing.T, rtol=1e-3, atol=1e-3)
 
 
 def test_contrast_of_the_image_does_not_matter(monkeypatch):
     G, _ = networks()
     codes = codes_of(G, 16)
     torch.manual_seed(1)
-    before = sensitivity_scale(G, codes, 8)
+    before = sensitivity(G, codes, 8)
     original = decode
     monkeypatch.setattr(autoencoder, 'decode', lambda *args: 10 * original(*args))
     torch.manual_seed(1)
-    torch.testing.assert_close(sensitivity_scale(G, codes, 8), before)
+    torch.testing.assert_close(sensitivity(G, codes, 8), before, rtol=1e-4, atol=1e-4)
 
 
 def test_sensitivity_leaves_the_networks_alone():
     G, _ = networks()
     before, codes = copy.deepcopy(G.state_dict()), codes_of(G, 4)
-    scale = sensitivity_scale(G, codes, 8)
-    assert not scale.requires_grad and not codes['x'].requires_grad and torch.is_grad_enabled()
+    metric = sensitivity(G, codes, 8)
+    assert not metric.requires_grad and not codes['x'].requires_grad and torch.is_grad_enabled()
     assert all(torch.equal(tensor, before[name]) for name, tensor in G.state_dict().items())
     assert all(param.grad is None for param in G.parameters())

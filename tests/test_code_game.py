@@ -8,11 +8,10 @@ import pytest
 import tiny
 import torch
 
-from m2m_stylegan import code_game, features, losses, phases, slicing
-from m2m_stylegan.autoencoder import WHead
-from m2m_stylegan.code_game import CodeGame, CodeOptions, Critic, make_game, make_phases
+from m2m_stylegan import code_game, losses, phases, slicing
+from m2m_stylegan.code_game import CodeGame, CodeOptions, Critic, Latents, make_game, make_phases
 
-N, P_DIM, W_DIM = 8, 10, 8
+N, NUM_ITEMS, W_DIM = 8, 12, 8
 
 
 # Gradient penalty
@@ -48,26 +47,26 @@ def test_gradient_penalty_is_measured_between_the_two():
 
 
 def new_game(res=8, *, c_dim=0, architecture='skip', reported=None, dtype=torch.float64, **options):
-    """A game on random weights; nothing but w_jitter and latents is random while it runs."""
+    """A game on random weights and offsets; nothing but w_jitter and latents is random while it runs."""
     G = tiny.generator(c_dim=c_dim, architecture=architecture).to(dtype).train()
     torch.manual_seed(3)
-    head, critic = WHead(P_DIM, W_DIM).to(dtype).requires_grad_(False), Critic(W_DIM, c_dim).to(dtype).requires_grad_(False)
-    for net in (head, critic):
-        net.mean.copy_(torch.randn(W_DIM))
-        net.std.copy_(torch.rand(W_DIM) + 0.5)
+    offsets, critic = Latents(NUM_ITEMS, W_DIM).to(dtype).requires_grad_(False), Critic(W_DIM, c_dim).to(dtype).requires_grad_(False)
+    offsets.offset.normal_()
+    critic.mean.normal_()
+    critic.std.uniform_(0.5, 1.5)
     channels = 8 + (3 if architecture == 'skip' else 0)
-    scale = None if res == slicing.W_SLICE else torch.linspace(0.5, 1.5, channels, dtype=dtype)
+    metric = None if res == slicing.W_SLICE else torch.randn(channels, channels, dtype=dtype)
     reported = {} if reported is None else reported
-    return CodeGame(G, head, critic, scale, res, CodeOptions(**options), lambda name, value: reported.setdefault(name, []).append(value),
+    return CodeGame(G, offsets, critic, metric, res, CodeOptions(**options), lambda name, value: reported.setdefault(name, []).append(value),
                     {'noise_mode': 'const'})
 
 
 def new_batch(game, num=N, dtype=torch.float64):
     c = torch.eye(game.G.c_dim, dtype=dtype).repeat(num, 1)[:num] if game.G.c_dim else torch.zeros(num, 0, dtype=dtype)
-    real = {'p': torch.randn(num, P_DIM, dtype=dtype), 'w': torch.randn(num, W_DIM, dtype=dtype), 'c': c}
-    if game.scale is not None:
+    real = {'index': torch.arange(num) * 5 % NUM_ITEMS, 'w': torch.randn(num, W_DIM, dtype=dtype), 'c': c}
+    if game.metric is not None:
         real |= {'x': torch.randn(num, 8, game.res, game.res, dtype=dtype)}
-        if len(game.scale) > 8:
+        if len(game.metric) > 8:
             real |= {'img': torch.randn(num, 3, game.res, game.res, dtype=dtype)}
     return {'z': torch.randn(num, game.G.z_dim, dtype=dtype), 'c': c}, real
 
@@ -78,9 +77,14 @@ def make_linear(critic):
     return critic.layers.weight[0], critic.layers.bias
 
 
+def moved_w(game, real):
+    """w of the images: where the encoder found it, plus so many standard deviations of the source's w."""
+    return real['w'] + game.latents.offset.detach()[real['index']] * game.critic.std
+
+
 def fakes_and_reals(game, latents, real):
     with torch.no_grad():
-        ws = [game.G.mapping(latents['z'], latents['c'], skip_w_avg_update=True)[:, 0], game.head(real['p'])]
+        ws = [game.G.mapping(latents['z'], latents['c'], skip_w_avg_update=True)[:, 0], moved_w(game, real)]
     return [(w - game.critic.mean) / game.critic.std for w in ws]
 
 
@@ -180,57 +184,62 @@ def test_loss_of_the_mapping_network(critic):
 @pytest.mark.parametrize('architecture', ['skip', 'orig'])
 def test_pairs_cost_nothing_where_g_makes_the_code(architecture):
     reported = {}
-    game = new_game(architecture=architecture, w_jitter=0.0, reported=reported, dtype=torch.float32)
+    game = new_game(architecture=architecture, w_jitter=0.0, w_anchor=0.0, reported=reported, dtype=torch.float32)
     latents, real = new_batch(game, dtype=torch.float32)
     with torch.no_grad():
-        real['w'] = game.head(real['p'])
-        x, img = slicing.g_low(game.G, real['w'].unsqueeze(1).expand(-1, game.G.num_ws, -1), 8, noise_mode='const')
+        x, img = slicing.g_low(game.G, moved_w(game, real).unsqueeze(1).expand(-1, game.G.num_ws, -1), 8, noise_mode='const')
     real |= {'x': x} if img is None else {'x': x, 'img': img}
-    params = [*game.G.synthesis.b8.parameters(), *game.head.parameters()]
+    params = [*game.G.synthesis.b8.parameters(), game.latents.offset]
     for param in params:
         param.requires_grad_(True)
     game.g_pairs(latents, real, 1.0)
-    assert float(reported['Loss/G/pairs'][0].abs().max()) == 0
-    assert max(float(param.grad.abs().max()) for param in params) == 0
+    assert float(reported['Loss/G/pairs'][0].abs().max()) < 1e-9
+    assert max(float(param.grad.abs().max()) for param in params) < 1e-4
 
-    # A difference of 2 in one channel of one image.
-    channel, weight = ('x', 3), game.scale[3]
+    # A difference e at one position of one image costs |S e|^2.
+    e = torch.randn(len(game.metric))
+    real['x'][0, :, 3, 5] += e[:8]
     if img is not None:
-        channel, weight = ('img', 1), game.scale[8 + 1]
-    real[channel[0]][0, channel[1]] += 2
+        real['img'][0, :, 3, 5] += e[8:]
     game.g_pairs(latents, real, 1.0)
     expected = torch.zeros(N)
-    expected[0] = (2 * weight) ** 2 / len(game.scale)
-    torch.testing.assert_close(reported['Loss/G/pairs'][1], expected)
+    expected[0] = (game.metric @ e).square().sum() / (len(e) * 8 * 8)
+    torch.testing.assert_close(reported['Loss/G/pairs'][1], expected, rtol=1e-4, atol=1e-6)
+    size = game.latents.offset.grad.abs().amax(dim=1)
+    assert int(size.argmax()) == int(real['index'][0]) and float(size.max()) > 100 * float(size.sort().values[-2])
 
 
 def test_anchor_holds_w_where_the_encoder_found_it():
-    """Without pairs that pull (scale 0), the loss is the squared distance in standard deviations, and a step brings w back."""
+    """Without pairs that pull (metric 0): w_anchor (w in standard deviations)^2, mean over batch and dimensions. One image is there twice."""
     game = new_game(w_jitter=0.0, w_anchor=0.5)
-    game.scale.zero_()
+    game.metric.zero_()
     latents, real = new_batch(game)
-    game.head.layers.requires_grad_(True)
+    real['index'] = torch.tensor([3, 0, 7, 3, 11, 5, 1, 2])
+    game.latents.requires_grad_(True)
     for gain in (1.0, 3.0):
         game.g_pairs(latents, real, gain)
-    grads = [param.grad.clone() for param in game.head.parameters()]
-    game.head.zero_grad()
-    loss = 4 * 0.5 * ((game.head(real['p']) - real['w']) / game.head.std).square().mean()
-    loss.backward()
-    for grad, param in zip(grads, game.head.parameters(), strict=True):
-        torch.testing.assert_close(grad, param.grad)
+    times = torch.tensor([1, 1, 1, 2, 0, 1, 0, 1, 0, 0, 0, 1])
+    torch.testing.assert_close(game.latents.offset.grad, 4 * 0.5 * 2 * times[:, None] * game.latents.offset.detach() / (N * W_DIM))
 
 
-def test_jitter_is_in_standard_deviations_of_the_source(monkeypatch):
-    game = new_game(res=slicing.W_SLICE, w_jitter=0.5, critic='wgan-gp')
-    latents, real = new_batch(game, 4000)
-    real['p'] = real['p'][:1].expand(4000, -1)
-    seen, original = [], losses.gradient_penalty
-    monkeypatch.setattr(losses, 'gradient_penalty', lambda critic, real, fake: (seen.append(real), original(critic, real, fake))[1])
+@pytest.mark.parametrize('step', ['d_main', 'g_pairs'])
+def test_jitter_is_in_standard_deviations_of_the_source(monkeypatch, step):
+    """Around w as moved by the offset, for critic and synthesis blocks alike."""
+    game, num = new_game(4, w_jitter=0.5, critic='wgan-gp'), 4000
+    latents, real = new_batch(game, num)
+    real |= {'w': real['w'][:1].expand(num, -1), 'index': torch.full([num], 7)}
+    seen, penalty, g_low = [], losses.gradient_penalty, slicing.g_low
+    monkeypatch.setattr(losses, 'gradient_penalty', lambda critic, real, fake: (
+        seen.append(real * game.critic.std + game.critic.mean), penalty(critic, real, fake))[1])
+    monkeypatch.setattr(slicing, 'g_low', lambda G, ws, *args, **kwargs: (seen.extend(ws.unbind(1)), g_low(G, ws, *args, **kwargs))[1])
     game.critic.requires_grad_(True)
-    game.d_main(latents, real, 1.0)
-    w = seen[0].detach() * game.critic.std + game.critic.mean
-    torch.testing.assert_close(w.std(dim=0), 0.5 * game.head.std, rtol=0.1, atol=0)
-    torch.testing.assert_close(w.mean(dim=0), game.head(real['p'][:1])[0], rtol=0, atol=0.06)
+    game.latents.requires_grad_(True)
+    getattr(game, step)(latents, real, 1.0)
+    assert len(seen) == (1 if step == 'd_main' else game.G.num_ws) and all(torch.equal(w, seen[0]) for w in seen)
+    w = seen[0].detach()
+    torch.testing.assert_close(w.std(dim=0), 0.5 * game.critic.std, rtol=0.1, atol=0)
+    torch.testing.assert_close(w.mean(dim=0), moved_w(game, real)[0], rtol=0, atol=0.06)
+    assert float(torch.corrcoef(w.T).fill_diagonal_(0).abs().max()) < 0.1
 
 
 # The phases
@@ -245,7 +254,7 @@ def test_each_phase_moves_its_own_parameters_alone(res, critic, architecture):
     nets = {'G': game.G, **game.modules}
     named = {f'{key}.{name}': param for key, net in nets.items() for name, param in net.named_parameters()}
     expected = {'Gmain': {name for name in named if name.startswith('G.mapping.')},
-                'Gpairs': {name for name in named if name.startswith('head.') or (name.startswith('G.synthesis.') and slicing.is_low_res(name, res))},
+                'Gpairs': {'latents.offset', *(name for name in named if name.startswith('G.synthesis.') and slicing.is_low_res(name, res))},
                 'Dmain': {name for name in named if name.startswith('critic.')}}
     if res == slicing.W_SLICE:
         del expected['Gpairs']
@@ -266,7 +275,7 @@ def test_each_phase_moves_its_own_parameters_alone(res, critic, architecture):
 def test_intervals_rates_and_gains():
     """The loss of a phase that runs every n-th step is not multiplied by n: n_critic is no lazy regularisation."""
     for critic, n_critic in [('wgan-gp', 3), ('logistic', 1)]:
-        game = new_game(c_dim=2, critic=critic, n_critic=3, map_lr=0.5, pair_lr=0.25)
+        game = new_game(c_dim=2, critic=critic, n_critic=3, map_lr=0.5, pair_lr=0.25, w_lr=0.125)
         found = make_phases(game)
         assert [(phase.name, phase.interval, phase.gain) for phase in found] == [('Gmain', n_critic, 1.0), ('Gpairs', 1, 1.0), ('Dmain', 1, 1.0)]
         assert len({phase.optimizer_name for phase in found}) == 3
@@ -276,7 +285,7 @@ def test_intervals_rates_and_gains():
         mapping = game.G.mapping
         assert rates[id(mapping.fc0.weight)] == rates[id(mapping.fc1.bias)] == pytest.approx(0.5 / 0.01)  # stored times 1 / 0.01
         assert rates[id(mapping.embed.weight)] == rates[id(next(game.critic.parameters()))] == 0.5
-        assert rates[id(game.G.synthesis.b4.const)] == rates[id(next(game.head.parameters()))] == 0.25
+        assert (rates[id(game.G.synthesis.b4.const)], rates[id(game.latents.offset)]) == (0.25, 0.125)
 
 
 def test_mapping_rate_is_that_of_effective_weights():
@@ -290,35 +299,30 @@ def test_mapping_rate_is_that_of_effective_weights():
         assert float(step.median()) == pytest.approx(0.01, rel=0.05)
 
 
+@pytest.mark.parametrize('batch_gpu', [4, 2])
+def test_an_image_that_is_not_in_the_batch_stays_where_it_is(batch_gpu):
+    """Bit for bit, also when it has been moving; the images of the batch move in every step, first of all by w_lr."""
+    game = new_game(w_lr=0.03, dtype=torch.float32)
+    phase = {phase.name: phase for phase in make_phases(game)}['Gpairs']
+    offset = game.latents.offset
+    for step, index in enumerate([[3, 0, 7, 10], [3, 0, 7, 10], [1, 2, 4, 5], [4, 4, 11, 10], [1, 2, 5, 11]]):
+        latents, real = new_batch(game, 4, torch.float32)
+        before = offset.clone()
+        phases.run_phase(phase, latents, real | {'index': torch.tensor(index)}, batch_gpu)
+        moved = offset != before
+        assert moved.any(dim=1).nonzero()[:, 0].tolist() == sorted(set(index))
+        assert moved[index].all()
+        if step == 0:
+            torch.testing.assert_close((offset - before)[index].abs(), torch.full([4, W_DIM], 0.03), rtol=1e-3, atol=0)
+
+
 # What it is for
 
 
-class Codes:
-    """Stands for the feature cache of the codes."""
-
-    def __init__(self, **tensors):
-        self.tensors = tensors
-        self.specs = {name: features.TensorSpec(tuple(x.shape[1:]), x.dtype) for name, x in tensors.items()}
-
-    def __len__(self):
-        return len(self.tensors['w'])
-
-    def gather(self, index):
-        return {name: x[index] for name, x in self.tensors.items()}
-
-
-def prepared_of(p, head, scale=None, res=slicing.W_SLICE):
-    w = head(p)
-    return types.SimpleNamespace(encoder=types.SimpleNamespace(to_w=head), codes=Codes(p=p, w=w), scale=scale, res=res)
-
-
-def head_of(w):
-    """w = p std + mean, of source latents w [M, W_DIM]."""
-    head = WHead(W_DIM, W_DIM).requires_grad_(False)
-    head.layers = torch.nn.Identity()
-    head.mean.copy_(w.mean(dim=0))
-    head.std.copy_(w.std(dim=0))
-    return head
+def prepared_of(w, source, metric=None, res=slicing.W_SLICE):
+    """Codes with these w, and source latents w [M, W_DIM] for the statistics."""
+    statistics = types.SimpleNamespace(mean=source.mean(dim=0), std=source.std(dim=0))
+    return types.SimpleNamespace(encoder=types.SimpleNamespace(to_w=statistics), codes=range(len(w)), metric=metric, res=res)
 
 
 @torch.no_grad()
@@ -334,24 +338,42 @@ def test_w_moves_towards_the_targets(critic, c_dim):
     G, other = (tiny.generator(c_dim=c_dim, seed=seed).train() for seed in (0, 1))
     classes = torch.eye(2) if c_dim else torch.zeros(1, 0)
     c = classes.repeat(400, 1)
-    head = head_of(ws_of(G, c, 0))
-    w = ws_of(other, c, 1)
-    p = (w - head.mean) / head.std
-    game = make_game(G, prepared_of(p, head), CodeOptions(critic=critic, n_critic=1, w_jitter=0.1, map_lr=3e-3), lambda name, value: None, {})
+    source, w = ws_of(G, c, 0), ws_of(other, c, 1)
+    options = CodeOptions(critic=critic, n_critic=1, w_jitter=0.1, map_lr=3e-3)
+    game = make_game(G, prepared_of(w, source), options, lambda name, value: None, {})
     found = make_phases(game)
     goals = [w[(c == label).all(dim=1)].mean(dim=0) for label in classes]
 
     def distances():
         found = [ws_of(G, label.expand(1000, -1), 2).mean(dim=0) for label in classes]
-        return [float(((mean - goal) / head.std).norm()) for mean, goal in zip(found, goals, strict=True)]
+        return [float(((mean - goal) / source.std(dim=0)).norm()) for mean, goal in zip(found, goals, strict=True)]
 
     before = distances()
     for _ in range(200):
         for phase in found:
             index = torch.randint(len(c), [32])
-            phases.run_phase(phase, game.draw(c[torch.randint(len(c), [32])]), {'p': p[index], 'w': w[index], 'c': c[index]}, 32)
+            phases.run_phase(phase, game.draw(c[torch.randint(len(c), [32])]), {'index': index, 'w': w[index], 'c': c[index]}, 32)
     after = distances()
     assert min(before) > 1 and all(b < 0.5 * a for a, b in zip(before, after, strict=True)), (before, after)
+    assert not game.latents.offset.any()  # at slice w, w stays
+
+
+def test_images_get_the_w_from_which_they_are_made():
+    """The encoder was off by half a standard deviation; synthesis blocks that make the codes stay."""
+    G, num = tiny.generator(), 64
+    true = ws_of(G, torch.zeros(num, 0), 1)
+    x, img = slicing.g_low(G, true.unsqueeze(1).expand(-1, G.num_ws, -1), 8, noise_mode='const')
+    source = ws_of(G, torch.zeros(400, 0), 0)
+    error = 0.5 * torch.randn(num, W_DIM)
+    w = true + error * source.std(dim=0)
+    options = CodeOptions(w_jitter=0.0, w_anchor=0.0, pair_lr=0.0, w_lr=1e-2)
+    game = make_game(G, prepared_of(w, source, torch.eye(11), 8), options, lambda name, value: None, {'noise_mode': 'const'})
+    phase = {phase.name: phase for phase in make_phases(game)}['Gpairs']
+    for _ in range(300):
+        index = torch.randperm(num)[:32]
+        real = {'index': index, 'w': w[index], 'x': x[index], 'img': img[index], 'c': torch.zeros(32, 0)}
+        phases.run_phase(phase, game.draw(real['c']), real, 32)
+    assert float((game.latents.offset + error).norm() / error.norm()) < 0.25
 
 
 @pytest.mark.parametrize('res', [2, 8])
@@ -359,16 +381,17 @@ def test_a_new_game_measures_w_in_units_of_the_source(res):
     """Those of the targets would blow up dimensions in which their codes are alike."""
     G = tiny.generator()
     source = ws_of(G, torch.zeros(400, 0), 0)
-    head, p = head_of(source), 0.5 * torch.randn(400, W_DIM) + 2
-    p[:, 2] = 1.0
-    scale = None if res == slicing.W_SLICE else torch.ones(11)
-    game = make_game(G, prepared_of(p, head, scale, res), CodeOptions(), lambda name, value: None, {})
+    w = 0.5 * torch.randn(30, W_DIM) + 2
+    w[:, 2] = 1.0
+    metric = None if res == slicing.W_SLICE else torch.eye(11)
+    game = make_game(G, prepared_of(w, source, metric, res), CodeOptions(), lambda name, value: None, {})
     torch.testing.assert_close(game.critic.normalize(source).mean(dim=0), torch.zeros(W_DIM), rtol=0, atol=1e-4)
     torch.testing.assert_close(game.critic.normalize(source).std(dim=0), torch.ones(W_DIM))
-    torch.testing.assert_close(game.critic(head(p), torch.zeros(400, 0)), game.critic.score(p, torch.zeros(400, 0)), rtol=1e-4, atol=1e-5)
-    assert game.head is not head and torch.equal(game.head(p), head(p))  # trained, while the encoder stays
+    p = (w - source.mean(dim=0)) / source.std(dim=0)
+    torch.testing.assert_close(game.critic(w, torch.zeros(30, 0)), game.critic.score(p, torch.zeros(30, 0)), rtol=1e-4, atol=1e-5)
+    assert torch.equal(game.latents.offset, torch.zeros(30, W_DIM))
     assert not any(param.requires_grad for net in game.modules.values() for param in net.parameters())
-    assert game.modules == {'critic': game.critic, 'head': game.head} and game.res == res
+    assert game.modules == {'critic': game.critic, 'latents': game.latents} and game.res == res and game.metric is metric
     latents = game.draw(torch.zeros(5, 0))
     assert latents['z'].shape == (5, 6) and latents['c'].shape == (5, 0)
 

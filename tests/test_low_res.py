@@ -13,7 +13,6 @@ import tiny_run
 import torch
 
 from m2m_stylegan import checkpoint, code_game, distributed, features, networks, phases, preparation, slicing, snapshots, training_loop, transfer
-from m2m_stylegan.autoencoder import WHead
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.transfer_options import TransferOptions, check_options
@@ -114,7 +113,7 @@ def test_high_res_blocks_and_d_never_run_while_training(tmp_path, files, cache, 
 
 @pytest.mark.parametrize('slice_at, critic', [('w', 'wgan-gp'), ('8', 'wgan-gp'), ('8', 'logistic')])
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tmp_path, files, cache, monkeypatch, slice_at, critic):
-    """Bit for bit: weights, moving averages, critic, head, Adam moments, statistics. First stopped by its limit, then killed in mid-step."""
+    """Bit for bit: weights, moving averages, critic, offsets of w, Adam moments, statistics. First stopped by its limit, then killed in mid-step."""
     common = {**files, 'slice': slice_at, 'critic': critic, 'cache_dir': cache}
     whole = run(tmp_path, **common, kimg=0.036)
     parts = run(tmp_path, **common, kimg=0.012)
@@ -128,7 +127,9 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tmp_path, files, c
     tiny_run.assert_same_run(whole, parts)
     content = checkpoint.read(whole / checkpoint.FILE_NAME)
     assert int(content['counters']['cur_nimg']) == 36
-    assert {'G', 'G_ema', 'critic', 'head'} <= set(content['modules'])
+    assert {'G', 'G_ema', 'critic', 'latents'} <= set(content['modules'])
+    offset = content['modules']['latents']['offset']
+    assert offset.shape == (20, 8) and bool(offset.any()) == (slice_at != 'w')
     assert set(content['optimizers']) == {'G', 'D'} | ({'Gpairs'} if slice_at != 'w' else set())
     assert all(optimizer['state'] for optimizer in content['optimizers'].values())
     first, second = (tensors_of(snapshots.load(path / 'network-snapshot-000000.pkl')) for path in (whole, parts))
@@ -222,19 +223,20 @@ def test_batches_of_codes_come_in_the_order_of_images_with_their_labels(tmp_path
         assert codes['w'].dtype == torch.float32 and torch.equal(codes['c'], batch['c'])
         index = codes['w'][:, 0].long().tolist()
         assert torch.equal(batch['img'], preparation.images_of(dataset, torch.tensor(index), tiny_run.CPU))
+        assert codes['index'].dtype == torch.int64 and codes['index'].tolist() == index
     shares = []
     for rank in range(2):
         monkeypatch.setattr(distributed, 'rank', lambda rank=rank: rank)
         shares.append(take(lambda o: training_loop.code_batches(prepared, dataset, o, 8, tiny_run.CPU), dataclasses.replace(options, num_gpus=2)))
     for whole, *parts in zip(found, *shares, strict=True):
-        for name in ('w', 'c'):
+        for name in ('w', 'c', 'index'):
             assert torch.equal(whole[name], torch.stack([part[name] for part in parts], 1).flatten(0, 1))
 
 
 REFUSED = [
     ({'slice': 'w', 'train': 'high-res'}, '--slice=w is only there for --train=low-res without --no-bypass'),
     ({'slice': 'w', 'no_bypass': True}, '--slice=w is only there for --train=low-res without --no-bypass'),
-    ({'critic': 'logistic', 'train': 'full'}, '--critic belongs to training in feature space: --train=low-res without --no-bypass'),
+    ({'critic': 'logistic', 'train': 'full'}, '--critic belongs to training in feature space: --train=both, or low-res without --no-bypass'),
     ({'critic': 'wgan-gp', 'no_bypass': True}, '--critic belongs to'),
     ({'prepare_kimg': 1.0, 'no_bypass': True}, '--prepare-kimg belongs to'),
     ({'prepare_minutes': 1.0, 'train': 'high-res'}, '--prepare-minutes belongs to'),
@@ -279,10 +281,11 @@ def still_game(critic):
     """A game without random numbers of its own in its gradients, in float64."""
     G = tiny.generator().double().train()
     torch.manual_seed(5)
-    head, net = WHead(10, 8).double().requires_grad_(False), code_game.Critic(8, 0).double().requires_grad_(False)
+    offsets, net = code_game.Latents(10, 8).double().requires_grad_(False), code_game.Critic(8, 0).double().requires_grad_(False)
+    offsets.offset.normal_()
     options = code_game.CodeOptions(critic=critic, n_critic=1, w_jitter=0.0)
-    scale = torch.linspace(0.5, 1, 11, dtype=torch.float64)
-    return code_game.CodeGame(G, head, net, scale, 8, options, lambda name, value: None, {'noise_mode': 'const'})
+    metric = torch.randn(11, 11, dtype=torch.float64)
+    return code_game.CodeGame(G, offsets, net, metric, 8, options, lambda name, value: None, {'noise_mode': 'const'})
 
 
 def gradients(critic, latents, real, share):
@@ -303,8 +306,8 @@ def test_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(critic, 
     torch.manual_seed(0)
     kwargs = {'dtype': torch.float64}
     latents = {'z': torch.randn(8, 6, **kwargs), 'c': torch.zeros(8, 0, **kwargs)}
-    real = {'x': torch.randn(8, 8, 8, 8, **kwargs), 'img': torch.randn(8, 3, 8, 8, **kwargs), 'p': torch.randn(8, 10, **kwargs),
-            'w': torch.randn(8, 8, **kwargs), 'c': latents['c']}
+    real = {'x': torch.randn(8, 8, 8, 8, **kwargs), 'img': torch.randn(8, 3, 8, 8, **kwargs), 'w': torch.randn(8, 8, **kwargs),
+            'index': torch.tensor([7, 2, 9, 4, 0, 5, 3, 2]), 'c': latents['c']}
     exits, results = ranks.run(2, gradients, critic, latents, real, True)
     assert exits == [0, 0], results
     monkeypatch.setattr(torch, 'rand', torch.rand)  # restores what `gradients` replaces

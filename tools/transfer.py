@@ -17,15 +17,16 @@ from m2m_stylegan.errors import UserError
 @click.option('--cache-dir', metavar='DIR', help='Downloads and cached features  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
 @click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped; a pickle: start from its weights')
 # What is trained.
-@click.option('--train', type=click.Choice(['high-res', 'low-res', 'full']), default='high-res', help='Only the blocks above the slice, only the '
-              'blocks up to it, or everything')
+@click.option('--train', type=click.Choice(['high-res', 'low-res', 'both', 'full']), default='high-res', help='Only the blocks above the slice, only '
+              'those up to it, these and then those, or everything')
 @click.option('--slice', metavar='R', help='Blocks up to R x R pixels are the low-res part; w: the mapping network alone  [default: resolution / 8, '
               'in feature space / 4]')
 @click.option('--no-bypass', is_flag=True, help='Low-res training: run the frozen high-res blocks')
 @click.option('--critic', type=click.Choice(['wgan-gp', 'logistic']), help='Loss of the game for w in low-res training  [default: logistic]')
 @click.option('--prepare-kimg', type=float, metavar='N', help='Thousand images for the encoder of low-res training  [default: 6]')
 @click.option('--prepare-minutes', type=float, metavar='N', help='Wall clock for the encoder, if it is not in the cache')
-@click.option('--d-trains', type=click.Choice(['all', 'high-res']), default='high-res', help='Trained part of D in high-res training')
+@click.option('--d-trains', type=click.Choice(['all', 'high-res']), help='Trained part of D in high-res training  [default: high-res, with both all]')
+@click.option('--split', type=float, metavar='F', help='Share of the budget for low-res training, with --train=both  [default: 0.4]')
 @click.option('--bank', type=int, metavar='N', help='Latents in the feature cache  [default: what fits 1 GiB, at most 4096]')
 @click.option('--freezed', type=int, metavar='N', default=0, help='FreezeD: freeze the first N layers of D')
 # The dataset.
