@@ -20,13 +20,13 @@ from m2m_stylegan.errors import UserError
 from m2m_stylegan.transfer_options import TransferOptions, choose_device, slice_of
 
 DETECTORS = {'efficientnet-lite0': ('fd_effnetlite0', 'kd_effnetlite0'), 'inception': ('fid50k_full', 'kid50k_full')}
-METHODS = {'full': {'train': 'full'}, 'high-res': {'train': 'high-res'}, 'low-res': {'train': 'low-res'}, 'w': {'train': 'low-res', 'slice': 'w'},
-           'no-bypass': {'train': 'low-res', 'no_bypass': True}}
+METHODS = {'full': {'train': 'full'}, 'high-res': {'train': 'high-res'}, 'low-res': {'train': 'low-res'}, 'both': {'train': 'both'},
+           'w': {'train': 'low-res', 'slice': 'w'}, 'no-bypass': {'train': 'low-res', 'no_bypass': True}}
 EMA_RAMPUP = 0.05  # for all methods: without it the average of a short run of full training, as officially resumed, would still show the source
 SWAP = 'swap'
 KNOWN = f'{", ".join(METHODS)}, freezedN (full training with the first N layers of D frozen, e.g. freezed10), {SWAP}'
 # Else transfer refuses them. Training in feature space ('low-res', 'w') has rates and batches of its own.
-ONLY_FOR = {'slice': ('high-res', 'low-res', 'no-bypass'), 'bank': ('high-res',), 'd_trains': ('high-res',)}
+ONLY_FOR = {'slice': ('high-res', 'low-res', 'both', 'no-bypass'), 'bank': ('high-res', 'both'), 'd_trains': ('high-res', 'both'), 'split': ('both',)}
 IN_PIXELS = ('gamma', 'pl_weight', 'aug', 'p', 'target', 'augpipe', 'lr', 'batch', 'batch_gpu')
 
 
@@ -37,7 +37,7 @@ class CompareOptions:
     outdir: str
     network: str = 'demo'
     data: str | None = None                  # None: the bundled demo set
-    methods: tuple[str, ...] = ('full', 'freezed10', 'high-res', 'low-res', 'swap')
+    methods: tuple[str, ...] = ('full', 'freezed10', 'high-res', 'low-res', 'both', 'swap')
     minutes: float = 5.0                     # wall clock of each run, preparation included, evaluation not
     seeds: tuple[int, ...] = (0, 1, 2)
     evals: int = 5                           # evaluation times per run, evenly spaced; the last is the end

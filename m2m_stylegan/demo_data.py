@@ -7,7 +7,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,34 @@ def write_noto_busts(dest: str | os.PathLike, resolution: int, noto_dir: Path, e
     dataset.json gets the extra key `names`, one `design/tone` per image: hold out by design, or skin tones leak.
     """
     icons, icon_of = (json.loads((noto_dir / name).read_text()) for name in ('icons.json', 'chars.json'))
+
+    def draw(code: str) -> np.ndarray:
+        body, box = icons['icons'][icon_of[code]]['body'], f'0 0 {icons["width"]} {icons["height"]}'
+        xmlns = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        return render(f'<svg {xmlns} viewBox="{box}">{body}</svg>', resolution)
+
+    return _write_busts(dest, emoji_dir, draw)
+
+
+def write_fluent_busts(dest: str | os.PathLike, resolution: int, fluent_dir: Path, emoji_dir: Path) -> int:
+    """The same portraits as Fluent 3D emoji; `fluent_dir` is the unpacked npm package @lobehub/fluent-emoji-3d."""
+    files = {path.stem.replace('-fe0f', ''): path for path in (fluent_dir / 'assets').iterdir()}
+
+    def draw(code: str) -> np.ndarray:
+        img = PIL.Image.open(files[code]).convert('RGBA')
+        square = PIL.Image.new('RGBA', [max(img.size)] * 2, 'white')
+        square.alpha_composite(img, ((square.width - img.width) // 2, (square.height - img.height) // 2))
+        return np.asarray(square.convert('RGB').resize((resolution, resolution), PIL.Image.Resampling.BOX))
+
+    return _write_busts(dest, emoji_dir, draw)
+
+
+def _write_busts(dest: str | os.PathLike, emoji_dir: Path, draw: Callable[[str], np.ndarray]) -> int:
     seen: set[bytes] = set()
     with DatasetWriter(dest, optimize=True) as writer:
         writer.extra['names'] = []
         for name, code in _bust_codes(json.loads((emoji_dir / 'emoji.json').read_text())):
-            body, box = icons['icons'][icon_of[code]]['body'], f'0 0 {icons["width"]} {icons["height"]}'
-            xmlns = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-            image = render(f'<svg {xmlns} viewBox="{box}">{body}</svg>', resolution)
+            image = draw(code)
             if _is_new(image, seen):
                 writer.add(image)
                 writer.extra['names'].append(name)

@@ -22,8 +22,8 @@ def passed_on(command):
 @click.option('--network', metavar='PKL', default='demo', help='Source: path, URL, official short name, or demo')
 @click.option('--data', metavar='PATH', help='Official folder or zip of images  [default: the bundled demo set]')
 @click.option('--outdir', metavar='DIR', required=True, help='Folder of this comparison; an interrupted one goes on where it stopped')
-@click.option('--methods', metavar='LIST', default='full,freezed10,high-res,low-res,swap',
-              help='full, freezedN, high-res, low-res, swap (layer swapping: low-res part of the source, high-res part of the runs of full)')
+@click.option('--methods', metavar='LIST', default='full,freezed10,high-res,low-res,both,swap',
+              help='full, freezedN, high-res, low-res, both, w, no-bypass, swap (low-res part of the source, high-res part of the runs of full)')
 @click.option('--minutes', type=float, metavar='F', default=5, help='Wall clock of each run: preparation counts, evaluation does not')
 @click.option('--seeds', metavar='LIST', default='0,1,2', help='Numbers and ranges, such as 0,3,5-7')
 @click.option('--evals', type=int, metavar='K', default=5, help='Evenly spaced evaluation times of each run')

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from m2m_stylegan.demo_data import write_noto_busts, write_personas
+from m2m_stylegan.demo_data import write_fluent_busts, write_noto_busts, write_personas
 
 
 @click.group()
@@ -30,6 +30,16 @@ def source(**options):
 def target(**options):
     """Draw Noto emoji portraits (art: Google, Apache-2.0)."""
     click.echo(f'{write_noto_busts(**options)} images')
+
+
+@main.command()
+@click.option('--dest', metavar='ZIP', required=True, help='Image set to write')
+@click.option('--resolution', metavar='INT', type=click.IntRange(min=4), default=64, show_default=True, help='Width and height')
+@click.option('--fluent-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked @lobehub/fluent-emoji-3d')
+@click.option('--emoji-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked emoji-datasource')
+def second_target(**options):
+    """Draw Fluent 3D emoji portraits (art: Microsoft, MIT); not bundled."""
+    click.echo(f'{write_fluent_busts(**options)} images')
 
 
 if __name__ == '__main__':
