@@ -12,7 +12,8 @@ from m2m_stylegan.training_loop import LoopOptions
 
 CODE_BATCH = 16  # images per step of low-res training in feature space, whatever the resolution
 KIMG = 1000
-SPLIT = 0.4      # of the budget of --train=both, for low-res training (docs/method.md)
+# Of --train=both: share of the budget for low-res training, and --ema-rampup of high-res training, which begins near its end (docs/method.md).
+SPLIT, BOTH_EMA_RAMPUP = 0.4, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,8 @@ def stages(options: TransferOptions, resolution: int, device: torch.device) -> l
     low = dataclasses.replace(
         options, train='low-res', kimg=split * (options.kimg or KIMG), minutes=None if options.minutes is None else split * options.minutes,
         batch=None, batch_gpu=None, gamma=None, lr=None)
-    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution), d_trains=options.d_trains or 'all')
+    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution), d_trains=options.d_trains or 'all',
+                               ema_rampup=BOTH_EMA_RAMPUP if options.ema_rampup is None else options.ema_rampup)
     return [loop_options(o, resolution, device) for o in (low, high)]
 
 

@@ -174,11 +174,13 @@ def test_budget_is_divided():
     low, high = stages(TransferOptions(outdir='', train='both', kimg=10, minutes=5, split=0.3, gamma=3, lr=0.1, batch=8), 64, torch.device('cpu'))
     assert (low.train, low.total_kimg, low.max_seconds, low.batch_size) == ('low-res', 3, 90, 16)
     assert (high.train, high.total_kimg, high.max_seconds, high.batch_size, high.d_trains) == ('high-res', 10, 300, 8, 'all')
-    assert low.slice_res == high.slice_res == 16
+    assert low.slice_res == high.slice_res == 16 and (low.ema_rampup, high.ema_rampup) == (0.05, 0.3)
     assert low.codes.pair_lr != 0.1 and high.G_lr == 0.1 and low.codes.r1_gamma != 3 and high.loss.r1_gamma == 3
     assert low.codes is not None and high.codes is None and low.ada_target is None and high.ada_target == 0.6
-    low, high = stages(TransferOptions(outdir='', train='both', slice='8', critic='wgan-gp', d_trains='high-res'), 64, torch.device('cpu'))
+    given = {'slice': '8', 'critic': 'wgan-gp', 'd_trains': 'high-res', 'ema_rampup': 0.1}
+    low, high = stages(TransferOptions(outdir='', train='both', **given), 64, torch.device('cpu'))
     assert low.slice_res == high.slice_res == 8 and low.codes.critic == 'wgan-gp' and high.d_trains == 'high-res' and low.max_seconds is None
+    assert low.ema_rampup == high.ema_rampup == 0.1
     only, = stages(TransferOptions(outdir='', train='high-res'), 64, torch.device('cpu'))
     assert only.d_trains == 'high-res' and only.slice_res == 8
 

@@ -219,7 +219,7 @@ def test_problems_are_listed_at_once(files):
         run(files, methods=('full', 'half', 'full'), seeds=(), minutes=0, evals=-1, detector='eyes', swap_with='x.pkl',
             extra=('full=*.pkl', 'a/b=*.pkl', 'nothing=/nowhere/*.pkl'))
     text = str(err.value)
-    for part in ['half is unknown; known are full, high-res, low-res, w, no-bypass, freezedN', 'none twice, got full, half, full',
+    for part in ['half is unknown; known are full, high-res, low-res, both, w, no-bypass, freezedN', 'none twice, got full, half, full',
                  '--seeds: expected at least one', '--minutes=0 must be positive', '--evals=-1 must be positive',
                  '--detector=eyes: expected one of efficientnet-lite0, inception', '--swap-with is only used with',
                  '--extra=full=*.pkl: expected name=pattern', '--extra=a/b=', '--extra=nothing=/nowhere/*.pkl: no file']:

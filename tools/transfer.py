@@ -43,7 +43,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--gamma', type=float, metavar='F', help='R1 weight  [default: by resolution and batch]')
 @click.option('--pl-weight', type=float, metavar='F', help='Path length weight  [default: 2]')
 @click.option('--ema-rampup', type=float, metavar='F', help='Half-life of the moving average, as a fraction of the run so far; 0: full from the '
-              'start  [default: 0.05, fine-tuning with --train=full 0]')
+              'start  [default: 0.05; both 0.3 at the end; fine-tuning with --train=full 0]')
 @click.option('--seed', type=int, metavar='N', default=0, help='Random seed')
 # Augmentation.
 @click.option('--aug', type=click.Choice(['noaug', 'ada', 'fixed']), default='ada', help='Augmentation mode')
