@@ -110,7 +110,7 @@ def test_one_of_another_run_is_refused_with_all_differences(run, dataset):
 def test_other_formats_are_named(run, dataset):
     path = run / checkpoint.FILE_NAME
     safetensors.torch.save_file({'x': torch.zeros(1)}, path, {'m2m_stylegan': json.dumps({'format': 99, 'sha256': ''})})
-    with pytest.raises(UserError, match='has format 99, this version reads format 2'):
+    with pytest.raises(UserError, match='has format 99, this version reads format 3'):
         train(run, dataset, OPTIONS, resume=True)
 
 
@@ -136,7 +136,7 @@ def test_a_full_disk_costs_the_earlier_ones_first(run, dataset, monkeypatch):
 def rewrite(path, change):
     tensors = safetensors.torch.load_file(path)
     change(tensors)
-    safetensors.torch.save_file(tensors, path, {'m2m_stylegan': json.dumps({'format': 2, 'sha256': digest_of(tensors)})})
+    safetensors.torch.save_file(tensors, path, {'m2m_stylegan': json.dumps({'format': checkpoint.FORMAT, 'sha256': digest_of(tensors)})})
 
 
 def missing_part(t):
@@ -195,7 +195,7 @@ def small(tmp_path_factory):
     """A file that `read` accepts, and its bytes."""
     path = tmp_path_factory.mktemp('fuzz') / checkpoint.FILE_NAME
     tensors = {'modules|G|w': torch.arange(6.0).reshape(2, 3), 'counters|cur_nimg': torch.tensor(5), 'ranks|0|pl_mean': torch.tensor(0.5)}
-    safetensors.torch.save_file(tensors, path, {'m2m_stylegan': json.dumps({'format': 2, 'sha256': digest_of(tensors)})})
+    safetensors.torch.save_file(tensors, path, {'m2m_stylegan': json.dumps({'format': checkpoint.FORMAT, 'sha256': digest_of(tensors)})})
     checkpoint.read(path)
     return path, path.read_bytes()
 

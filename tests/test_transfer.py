@@ -210,7 +210,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
     text = str(err.value)
     for part in ['--p is only used with --aug=fixed', '--p=2.0 must lie in [0, 1]', '--target is only used with --aug=ada',
                  '--augpipe has no meaning',
-                 '--slice cuts the networks for --train=high-res and low-res', '--bank is only used', '--cbase shapes a new network',
+                 '--slice cuts the networks for --train=high-res, low-res and both', '--bank is only used', '--cbase shapes a new network',
                  '--kimg=0 must be positive',
                  '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16', '--metrics=fid50k_full: this version evaluates no metrics']:
         assert part in text, part
