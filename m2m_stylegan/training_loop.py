@@ -158,6 +158,7 @@ def training_loop(
     save_network: Callable[[Path, State], None],
     bank: Bank | None = None,
     prepared=None,
+    score: Callable[[Path], dict[str, float]] | None = None,
     device: torch.device,
     workers: int = 0,
     start_time: float | None = None,
@@ -168,7 +169,8 @@ def training_loop(
 
     Writes into run_dir: fakes*.png, network-snapshot-*.pkl (through save_network(path, state)), snapshots.jsonl (their times),
     checkpoints, stats.jsonl. Networks are on `device`. bank: required for 'high-res'.
-    prepared: the preparation.Prepared that training in feature space (options.codes) needs. start_time: time.monotonic() at which the budget
+    prepared: the preparation.Prepared that training in feature space (options.codes) needs. score: evaluates a snapshot, in all processes
+    together; its values go into the tfevents. start_time: time.monotonic() at which the budget
     max_seconds began. resume: continue from the checkpoint. Of several processes (see distributed.py) each calls it; the first one writes.
     Raises UserError if training diverges again after it has gone back to the last checkpoint.
     """
@@ -287,9 +289,14 @@ def training_loop(
 
             # Snapshot: picture, pickle, checkpoint.
             if snapshot:
+                path = run_dir / f'network-snapshot-{_snapshot_name(state, options)}.pkl'
                 if main:
-                    _save_snapshot(run_dir, state, grid, options, save_network)
+                    _save_snapshot(path, state, grid, options, save_network)
                 checkpoint.save(run_dir, live, options.keep_checkpoints)
+                if score is not None:
+                    results = score(path)
+                    if main:
+                        writer.write_metrics(results, cur_nimg=state.cur_nimg, elapsed_s=state.elapsed_seconds)
             tick_start = time.monotonic()
             maintenance_seconds = tick_start - now
         state.elapsed_seconds = limits.elapsed_seconds()
@@ -314,13 +321,16 @@ def open_game(state: State, options: LoopOptions, names: dict[str, frozenset[str
     return source, game, phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
 
 
-def _save_snapshot(run_dir: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:
-    name = f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
+def _snapshot_name(state: State, options: LoopOptions) -> str:
+    return f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
+
+
+def _save_snapshot(path: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:
     samples = sample_grid(state.G_ema, grid, options.batch_gpu, force_fp32=options.force_fp32)
-    save_image_grid(samples, run_dir / f'fakes{name}.png', (-1, 1), grid.size)
-    save_network(run_dir / f'network-snapshot-{name}.pkl', state)
-    entry = {'pkl': f'network-snapshot-{name}.pkl', 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
-    with open(run_dir / 'snapshots.jsonl', 'a', encoding='utf-8') as f:
+    save_image_grid(samples, path.with_name(f'fakes{_snapshot_name(state, options)}.png'), (-1, 1), grid.size)
+    save_network(path, state)
+    entry = {'pkl': path.name, 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
+    with open(path.with_name('snapshots.jsonl'), 'a', encoding='utf-8') as f:
         f.write(json.dumps(entry) + '\n')
 
 

@@ -17,6 +17,7 @@ import tqdm
 
 from m2m_stylegan import bank as feature_bank
 from m2m_stylegan import (
+    calc_metrics,
     checkpoint,
     distributed,
     downloads,
@@ -34,9 +35,10 @@ from m2m_stylegan import (
 from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
 from m2m_stylegan.datasets import ImageDataset, snapshot_grid
 from m2m_stylegan.errors import UserError
+from m2m_stylegan.evaluate import Evaluator
 from m2m_stylegan.images import from_uint8, save_image_grid, save_panels
 from m2m_stylegan.training_loop import Grid, LoopOptions, State, random_labels, sample_grid, trained_names, training_loop
-from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, new_network_kwargs, stages
+from m2m_stylegan.transfer_options import TransferOptions, check_options, choose_device, metric_list, new_network_kwargs, stages
 
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
 BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
@@ -142,7 +144,8 @@ def training_options(job: Job, directory: Path) -> dict:
     options, loop = job.options, job.loop
     opt = {'class_name': 'torch.optim.Adam', 'lr': loop.G_lr, 'betas': [0.0, 0.99], 'eps': 1e-8}
     content = {
-        'num_gpus': options.gpus, 'image_snapshot_ticks': loop.snapshot_ticks, 'network_snapshot_ticks': loop.snapshot_ticks, 'metrics': [],
+        'num_gpus': options.gpus, 'image_snapshot_ticks': loop.snapshot_ticks, 'network_snapshot_ticks': loop.snapshot_ticks,
+        'metrics': metric_list(options),
         'random_seed': options.seed, 'training_set_kwargs': job.dataset_kwargs,
         'data_loader_kwargs': {'pin_memory': True, 'num_workers': options.workers, 'prefetch_factor': 2},
         'G_kwargs': {'class_name': 'training.networks.Generator', **(job.G_kwargs or {})},
@@ -266,6 +269,46 @@ def open_codes(job: Job, directory: Path, echo: Callable[[str], None]) -> prepar
         picture=directory / 'encoded.png' if distributed.rank() == 0 else None, echo=echo)
 
 
+def open_scores(job: Job, directory: Path, echo: Callable[[str], None]) -> Callable[[Path], dict[str, float]] | None:
+    """What evaluates a snapshot by --metrics and appends to metric-*.jsonl, or None. The detector and the images are checked at once.
+
+    A last snapshot that a killed run has left without its lines gets them now.
+    """
+    options = job.options
+    names = metric_list(options)
+    if not names:
+        return None
+    evaluator = Evaluator(job.dataset.path, names, device=job.device, cache_dir=options.cache_dir, mirror=options.mirror)
+
+    def score(path: Path) -> dict[str, float]:
+        start = time.time()
+        results = evaluator.score(path)
+        if distributed.rank() == 0:
+            for result in results:
+                calc_metrics.write(result, {}, time.time() - start, evaluator, path, echo)
+        return {key: value for result in results for key, value in result.values.items()}
+
+    forgotten = distributed.from_main(snapshot_without_scores, directory, names)
+    if forgotten is not None:
+        score(forgotten)
+    return score
+
+
+def snapshot_without_scores(directory: Path, names: list[str]) -> Path | None:
+    """The newest snapshot of a run, if it lacks a line in one of the files of these metrics."""
+    def lines(name: str) -> list[dict]:
+        path = directory / name
+        text = path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('}\n')]  # A kill can cut the last one short.
+
+    snapshots_made = lines('snapshots.jsonl')
+    if not snapshots_made:
+        return None
+    newest = snapshots_made[-1]['pkl']
+    scored = all(newest in [line['snapshot_pkl'] for line in lines(f'metric-{name}.jsonl')] for name in names)
+    return None if scored else directory / newest
+
+
 def run(options: TransferOptions, echo: Callable[[str], None] = print, command: list[str] | None = None) -> Path | None:
     """Do the whole job; returns the run directory (None for a dry run). Raises UserError for anything that the user can mend.
 
@@ -343,6 +386,7 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
         snapshots.save(path, G=state.G, D=state.D, G_ema=state.G_ema, augment_pipe=state.augment_pipe, training_set_kwargs=job.dataset_kwargs,
                        like=job.snapshot)
 
+    score = open_scores(job, directory, echo)
     own_features = directory / 'features' if len(job.stages) > 1 else None
     for stage in range(first_stage(job, directory, state, echo) if resumed else 0, len(job.stages)):
         loop = job.stages[stage]
@@ -356,7 +400,7 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
         echo(describe_blocks(loop, state))
         reason = training_loop(
             run_dir=directory, state=state, dataset=job.dataset, options=loop, grid=grid, save_network=save_network, bank=bank, prepared=prepared,
-            device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
+            score=score, device=job.device, workers=job.options.workers, start_time=start_time, resume=resumed, echo=echo)
         if faults.Limits.interrupted(reason):
             break
         start_time, resumed = time.monotonic(), False
@@ -384,6 +428,7 @@ def first_stage(job: Job, directory: Path, state: State, echo: Callable[[str], N
 def begin_stage(state: State, stage: int, loop: LoopOptions) -> None:
     """From here on the low-res part of G_ema, whose features are cached, is that of G, too, and the moving average starts anew."""
     state.stage, state.stage_start_nimg = stage, state.cur_nimg
+    distributed.copy_from_main_([*state.G_ema.parameters(), *state.G_ema.buffers()])  # Each process has averaged a w_avg of its own.
     averages = state.G_ema.state_dict()
     for name, tensor in state.G.state_dict().items():
         if name in slicing.tensor_names(state.G, loop.slice_res, 'low-res'):

@@ -8,6 +8,7 @@ from m2m_stylegan import code_game, distributed, phases, slicing
 from m2m_stylegan.bank import CHUNK_ITEMS
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
+from m2m_stylegan.metric_names import choose
 from m2m_stylegan.training_loop import LoopOptions
 
 CODE_BATCH = 16  # images per step of low-res training in feature space, whatever the resolution
@@ -117,10 +118,18 @@ def check_options(options: TransferOptions) -> None:
     need(options.bank is None or options.bank % CHUNK_ITEMS == 0,
          f'--bank={options.bank} must be a multiple of {CHUNK_ITEMS}')
     need(options.snap > 0, f'--snap={options.snap} must be at least 1')
-    need(options.metrics in ('none', ''), f'--metrics={options.metrics}: this version evaluates no metrics while training; '
-         'pass --metrics=none and run calc_metrics on the snapshots')
+    try:
+        metric_list(options)
+    except UserError as err:
+        problems.append(f'--metrics={options.metrics}: {err}')
     if problems:
         raise UserError('These options do not go together:\n' + '\n'.join(f'  * {problem}' for problem in problems))
+
+
+def metric_list(options: TransferOptions) -> list[str]:
+    """Names of the metrics to evaluate at every snapshot. Raises UserError for unknown ones."""
+    names = [name.strip() for name in options.metrics.split(',') if name.strip() not in ('', 'none')]
+    return [metric.name for metric in choose(names)] if names else []
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,7 +5,9 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
+import ranks
 import tiny
 import tiny_run
 import torch
@@ -165,6 +167,29 @@ def test_nan_right_after_the_change_goes_back_to_its_start(tmp_path, files, cach
 def test_own_features_do_not_go_into_the_cache_directory(tmp_path, files):
     run(tmp_path, **files, cache_dir=str(tmp_path / 'cache'))
     assert [path.name.split('-')[2] for path in (tmp_path / 'cache' / 'features').iterdir()] == ['codes']
+
+
+def job(options):
+    """The whole job as one of several processes; its directory, and what this process has in the end."""
+    found, original = [], transfer.build_state
+    transfer.build_state = lambda job: found.append(original(job)) or found[0]
+    start = time.monotonic()
+    options = transfer.match_processes(options)
+    resume_dir = transfer.distributed.from_main(transfer.resume.find_run, options)
+    directory = transfer.run_process(options, start, lambda text: None)
+    return resume_dir is not None, directory.name, {name: x.numpy() for name, x in found[0].G_ema.named_parameters()}
+
+
+def test_two_processes_train_one_network_and_resume_in_the_second_stage(tmp_path, files):
+    options = options_for(tmp_path, **files, cache_dir=str(tmp_path / 'cache'))
+    for resumed in (False, True):
+        exits, results = ranks.run(2, job, options)
+        assert exits == [0, 0], results
+        assert [results[rank][0] for rank in (0, 1)] == [resumed] * 2 and results[0][1] == results[1][1]
+        assert all(np.array_equal(x, results[1][2][name]) for name, x in results[0][2].items())
+        counters = checkpoint.read(tmp_path / 'runs' / results[0][1] / checkpoint.FILE_NAME)['counters']
+        assert int(counters['stage']) == 1 and int(counters['cur_nimg']) == (96 if resumed else TOTAL)
+        options = TransferOptions(outdir=str(tmp_path / 'runs'), resume='latest', kimg=0.096, device='cpu')
 
 
 # What the options come down to

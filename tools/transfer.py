@@ -54,7 +54,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--tick', type=float, metavar='KIMG', help='Thousand images between status lines  [default: 4, on a CPU 1]')
 @click.option('--snap', type=int, metavar='TICKS', default=50, help='Ticks between snapshots')
 @click.option('--snap-minutes', type=float, metavar='N', help='Also a snapshot every N minutes of wall clock; its name then has three more digits')
-@click.option('--metrics', metavar='NAMES', default='none', help='none: metrics are not evaluated while training in this version')
+@click.option('--metrics', metavar='NAMES', default='none', help='Of every snapshot, in metric-*.jsonl: fid50k_full, fd_effnetlite0 ...; none')
 # The machine.
 @click.option('--gpus', type=int, metavar='N', default=1, help='Processes on this machine, one per GPU; with torchrun leave it out')
 @click.option('--device', metavar='NAME', default='auto', help='auto, cpu, cuda or cuda:N')
