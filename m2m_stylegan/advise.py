@@ -22,7 +22,7 @@ from m2m_stylegan.training_loop import random_labels
 from m2m_stylegan.transfer_options import TransferOptions, parse_slice, stages
 
 CHEAPER = 4  # A step of low-res training must be so many times cheaper than a full one to be worth its floor,
-CLEARLY = 0.5  # and its floor at most this share of the distance of the untouched source network.
+CLEARLY = 0.8  # and its floor at most this share of the distance of the untouched source network. Where both won (docs/method.md), 0.7 to 0.8.
 NEAR = 3  # A source within so many times the distance of two halves of the images makes much the same images already.
 
 
@@ -57,7 +57,7 @@ class Advice:
     source_fd: float | None  # of the untouched source network
     real_fd: float | None  # between two halves of the images
     rows: tuple[Row, ...]
-    train: str  # recommended: 'low-res', 'high-res' or 'full'
+    train: str  # recommended: 'both', 'low-res' (at slice w), 'high-res' or 'full'
     slice: str | None  # recommended; None: the default, or none
     reason: str
 
@@ -155,8 +155,14 @@ def _cost(job: transfer.Job, what: str, bank: Bank | None = None, prepared: prep
 
 
 def recommend(rows: Iterable[Row], full: Cost, source_fd: float | None, real_fd: float | None) -> tuple[str, str | None, str]:
-    """(train, slice, reason): low-res at the slice with the lowest floor among those whose floor and price are good enough, else high-res or full."""
+    """(train, slice, reason): both, at the slice with the lowest floor among those whose floor and price are good enough, else high-res or full.
+
+    At slice w the whole synthesis network is frozen, and low-res training alone is meant.
+    """
     rows = list(rows)
+
+    def mode(row: Row) -> str:
+        return 'low-res' if row.slice == 'w' else 'both'
 
     def times(row: Row) -> float:
         return full.seconds / row.low.seconds
@@ -166,14 +172,14 @@ def recommend(rows: Iterable[Row], full: Cost, source_fd: float | None, real_fd:
         if not cheap:
             return 'full', None, f'No low-res step is {CHEAPER} times cheaper than a full one, and full training adapts everything.'
         best = max(cheap, key=lambda row: row.psnr)
-        return 'low-res', best.slice, (
+        return mode(best), best.slice, (
             f'Its decoded codes are nearest to the images ({best.psnr:.1f} dB) of the slices with a step at least {CHEAPER} times cheaper than a '
             f'full one ({times(best):.0f} times). Whether they are nearer than the untouched source was not measured: the detector is missing.')
     clear = [row for row in rows if row.fd <= CLEARLY * source_fd]
     worth = [row for row in clear if row in cheap]
     if worth:
         best = min(worth, key=lambda row: row.fd)
-        return 'low-res', best.slice, (
+        return mode(best), best.slice, (
             f'Its floor of {best.fd:.1f} is clearly below the {source_fd:.1f} of the untouched source, and the lowest of the slices with a step at '
             f'least {CHEAPER} times cheaper than a full one; here it is {times(best):.0f} times cheaper.')
     if clear:

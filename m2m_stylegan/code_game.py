@@ -82,7 +82,7 @@ class Critic(torch.nn.Module):
         return self.layers(torch.cat([normalized, c], dim=1))
 
 
-class Latents(torch.nn.Module):
+class ImageLatents(torch.nn.Module):
     """How far the w of each target image has moved from where the encoder found it: [num_items, w_dim], in standard deviations of the source's w."""
 
     def __init__(self, num_items: int, w_dim: int):
@@ -93,10 +93,10 @@ class Latents(torch.nn.Module):
 class CodeGame:
     """The objectives of low-res training in feature space; `real` holds index, w, c and, at spatial slices, x and img (if G has one)."""
 
-    def __init__(self, G, latents: Latents, critic: Critic, metric: torch.Tensor | None, res: int, options: CodeOptions, report: Report,
+    def __init__(self, G, image_latents: ImageLatents, critic: Critic, metric: torch.Tensor | None, res: int, options: CodeOptions, report: Report,
                  block_kwargs: dict):
         """metric: [K, K] for the channels of (x, img), of autoencoder.sensitivity; None at slice w."""
-        self.G, self.latents, self.critic, self.metric, self.res, self.options = G, latents, critic, metric, res, options
+        self.G, self.image_latents, self.critic, self.metric, self.res, self.options = G, image_latents, critic, metric, res, options
         self.report, self.block_kwargs = report, block_kwargs
         self.pl_mean = torch.zeros([], device=critic.mean.device)  # of no use here; every game has one, and checkpoints store it
 
@@ -148,14 +148,14 @@ class CodeGame:
         x, img = slicing.g_low(self.G, ws, self.res, **self.block_kwargs)
         pairs = [(found, real[name]) for name, found in [('x', x), ('img', img)] if found is not None]
         error = autoencoder.apply(self.metric, torch.cat([found.float() - wanted for found, wanted in pairs], dim=1))
-        anchor = self.latents.offset[real['index']].square().mean(dim=1)
+        anchor = self.image_latents.offset[real['index']].square().mean(dim=1)
         loss = error.square().mean(dim=(1, 2, 3))
         self.report('Loss/G/pairs', loss.detach())
         ((loss + self.options.w_anchor * anchor).mean() * gain).backward()
 
     def _w_of(self, real: Batch) -> torch.Tensor:
         """Jittered w of the images, normalised."""
-        w = self.critic.normalize(real['w']) + self.latents.offset[real['index']]
+        w = self.critic.normalize(real['w']) + self.image_latents.offset[real['index']]
         return w + self.options.w_jitter * torch.randn_like(w)
 
     def _report_scores(self, score: torch.Tensor, kind: str) -> None:
@@ -165,7 +165,7 @@ class CodeGame:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """What is trained besides G: goes into checkpoints."""
-        return {'critic': self.critic, 'latents': self.latents}
+        return {'critic': self.critic, 'image_latents': self.image_latents}
 
 
 def make_game(G, prepared, options: CodeOptions, report: Report, block_kwargs: dict) -> CodeGame:
@@ -174,8 +174,8 @@ def make_game(G, prepared, options: CodeOptions, report: Report, block_kwargs: d
     critic = Critic(G.w_dim, G.c_dim).to(statistics.std.device).requires_grad_(False)
     critic.mean.copy_(statistics.mean)
     critic.std.copy_(statistics.std)
-    latents = Latents(len(prepared.codes), G.w_dim).to(statistics.std.device).requires_grad_(False)
-    return CodeGame(G, latents, critic, prepared.metric, prepared.res, options, report, block_kwargs)
+    image_latents = ImageLatents(len(prepared.codes), G.w_dim).to(statistics.std.device).requires_grad_(False)
+    return CodeGame(G, image_latents, critic, prepared.metric, prepared.res, options, report, block_kwargs)
 
 
 def make_phases(game: CodeGame) -> list[Phase]:
@@ -196,6 +196,6 @@ def make_phases(game: CodeGame) -> list[Phase]:
     if game.metric is not None:
         synthesis = [p for name, p in G.synthesis.named_parameters() if slicing.is_low_res(name, game.res)]
         # Without momentum: an image that is not in the batch has no gradient, and is to stay where it is.
-        latents = {'params': [game.latents.offset], 'lr': options.w_lr, 'betas': (0.0, 0.99)}
-        found.append(phase('Gpairs', [{'params': synthesis, 'lr': options.pair_lr}, latents], (0.9, 0.99), 1, game.g_pairs))
+        moved = {'params': [game.image_latents.offset], 'lr': options.w_lr, 'betas': (0.0, 0.99)}
+        found.append(phase('Gpairs', [{'params': synthesis, 'lr': options.pair_lr}, moved], (0.9, 0.99), 1, game.g_pairs))
     return [*found, phase('Dmain', [{'params': list(game.critic.parameters()), 'lr': options.map_lr}], betas, 1, game.d_main)]

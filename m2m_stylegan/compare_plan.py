@@ -148,7 +148,7 @@ def plan(options: CompareOptions) -> Plan:
         'cache': 'shared' if options.cache_dir else 'own', 'training': dict(options.training), 'versions': versions(), 'machine': machine(device)}
     about = {'methods': list(options.methods), 'seeds': list(options.seeds), 'network': str(network), 'data': str(data),
              'num_images': len(dataset), 'resolution': dataset.resolution,
-             'slice': slice_of(TransferOptions(outdir='', slice=options.training.get('slice')), dataset.resolution)}
+             'slice': slice_of(TransferOptions(outdir='', train='high-res', slice=options.training.get('slice')), dataset.resolution)}
     slicing.check_slice(about['slice'], dataset.resolution)
     cell_list = []
     for seed in options.seeds:

@@ -31,6 +31,7 @@ from m2m_stylegan import (
     run_dir,
     slicing,
     snapshots,
+    stats,
 )
 from m2m_stylegan.augment import AugmentPipe, augpipe_kwargs
 from m2m_stylegan.datasets import ImageDataset, snapshot_grid
@@ -394,6 +395,10 @@ def train_job(job: Job, directory: Path, resumed: bool, start_time: float, echo:
             begin_stage(state, stage, loop)
         bank = open_bank(job, state.G_ema, own_features, echo) if loop.train == 'high-res' else None
         prepared = open_codes(job, directory, echo) if loop.codes else None
+        late = loop.max_seconds is not None and time.monotonic() - start_time >= loop.max_seconds
+        if loop.codes and late and not resumed:
+            echo(f'WARNING: the preparation has taken {stats.format_time(time.monotonic() - start_time)}, all of the time of low-res training: give '
+                 'more --minutes, or run the same command again, which finds the preparation made.')
         if len(job.stages) > 1:
             echo(f'Stage {stage + 1} of {len(job.stages)}: {loop.train} training, until {loop.total_kimg:g} kimg'
                  + ('' if loop.max_seconds is None else f' or {loop.max_seconds / 60:.1f} minutes'))

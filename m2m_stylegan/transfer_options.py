@@ -24,7 +24,7 @@ class TransferOptions:
     outdir: str
     network: str = 'demo'
     data: str | None = None
-    train: str = 'high-res'
+    train: str = 'both'
     slice: str | int | None = None
     split: float | None = None
     d_trains: str | None = None

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from m2m_stylegan import code_game, losses, phases, slicing
-from m2m_stylegan.code_game import CodeGame, CodeOptions, Critic, Latents, make_game, make_phases
+from m2m_stylegan.code_game import CodeGame, CodeOptions, Critic, ImageLatents, make_game, make_phases
 
 N, NUM_ITEMS, W_DIM = 8, 12, 8
 
@@ -50,7 +50,7 @@ def new_game(res=8, *, c_dim=0, architecture='skip', reported=None, dtype=torch.
     """A game on random weights and offsets; nothing but w_jitter and latents is random while it runs."""
     G = tiny.generator(c_dim=c_dim, architecture=architecture).to(dtype).train()
     torch.manual_seed(3)
-    offsets, critic = Latents(NUM_ITEMS, W_DIM).to(dtype).requires_grad_(False), Critic(W_DIM, c_dim).to(dtype).requires_grad_(False)
+    offsets, critic = ImageLatents(NUM_ITEMS, W_DIM).to(dtype).requires_grad_(False), Critic(W_DIM, c_dim).to(dtype).requires_grad_(False)
     offsets.offset.normal_()
     critic.mean.normal_()
     critic.std.uniform_(0.5, 1.5)
@@ -79,7 +79,7 @@ def make_linear(critic):
 
 def moved_w(game, real):
     """w of the images: where the encoder found it, plus so many standard deviations of the source's w."""
-    return real['w'] + game.latents.offset.detach()[real['index']] * game.critic.std
+    return real['w'] + game.image_latents.offset.detach()[real['index']] * game.critic.std
 
 
 def fakes_and_reals(game, latents, real):
@@ -189,7 +189,7 @@ def test_pairs_cost_nothing_where_g_makes_the_code(architecture):
     with torch.no_grad():
         x, img = slicing.g_low(game.G, moved_w(game, real).unsqueeze(1).expand(-1, game.G.num_ws, -1), 8, noise_mode='const')
     real |= {'x': x} if img is None else {'x': x, 'img': img}
-    params = [*game.G.synthesis.b8.parameters(), game.latents.offset]
+    params = [*game.G.synthesis.b8.parameters(), game.image_latents.offset]
     for param in params:
         param.requires_grad_(True)
     game.g_pairs(latents, real, 1.0)
@@ -205,7 +205,7 @@ def test_pairs_cost_nothing_where_g_makes_the_code(architecture):
     expected = torch.zeros(N)
     expected[0] = (game.metric @ e).square().sum() / (len(e) * 8 * 8)
     torch.testing.assert_close(reported['Loss/G/pairs'][1], expected, rtol=1e-4, atol=1e-6)
-    size = game.latents.offset.grad.abs().amax(dim=1)
+    size = game.image_latents.offset.grad.abs().amax(dim=1)
     assert int(size.argmax()) == int(real['index'][0]) and float(size.max()) > 100 * float(size.sort().values[-2])
 
 
@@ -215,11 +215,11 @@ def test_anchor_holds_w_where_the_encoder_found_it():
     game.metric.zero_()
     latents, real = new_batch(game)
     real['index'] = torch.tensor([3, 0, 7, 3, 11, 5, 1, 2])
-    game.latents.requires_grad_(True)
+    game.image_latents.requires_grad_(True)
     for gain in (1.0, 3.0):
         game.g_pairs(latents, real, gain)
     times = torch.tensor([1, 1, 1, 2, 0, 1, 0, 1, 0, 0, 0, 1])
-    torch.testing.assert_close(game.latents.offset.grad, 4 * 0.5 * 2 * times[:, None] * game.latents.offset.detach() / (N * W_DIM))
+    torch.testing.assert_close(game.image_latents.offset.grad, 4 * 0.5 * 2 * times[:, None] * game.image_latents.offset.detach() / (N * W_DIM))
 
 
 @pytest.mark.parametrize('step', ['d_main', 'g_pairs'])
@@ -233,7 +233,7 @@ def test_jitter_is_in_standard_deviations_of_the_source(monkeypatch, step):
         seen.append(real * game.critic.std + game.critic.mean), penalty(critic, real, fake))[1])
     monkeypatch.setattr(slicing, 'g_low', lambda G, ws, *args, **kwargs: (seen.extend(ws.unbind(1)), g_low(G, ws, *args, **kwargs))[1])
     game.critic.requires_grad_(True)
-    game.latents.requires_grad_(True)
+    game.image_latents.requires_grad_(True)
     getattr(game, step)(latents, real, 1.0)
     assert len(seen) == (1 if step == 'd_main' else game.G.num_ws) and all(torch.equal(w, seen[0]) for w in seen)
     w = seen[0].detach()
@@ -254,7 +254,7 @@ def test_each_phase_moves_its_own_parameters_alone(res, critic, architecture):
     nets = {'G': game.G, **game.modules}
     named = {f'{key}.{name}': param for key, net in nets.items() for name, param in net.named_parameters()}
     expected = {'Gmain': {name for name in named if name.startswith('G.mapping.')},
-                'Gpairs': {'latents.offset', *(name for name in named if name.startswith('G.synthesis.') and slicing.is_low_res(name, res))},
+                'Gpairs': {'image_latents.offset', *(name for name in named if name.startswith('G.synthesis.') and slicing.is_low_res(name, res))},
                 'Dmain': {name for name in named if name.startswith('critic.')}}
     if res == slicing.W_SLICE:
         del expected['Gpairs']
@@ -285,7 +285,7 @@ def test_intervals_rates_and_gains():
         mapping = game.G.mapping
         assert rates[id(mapping.fc0.weight)] == rates[id(mapping.fc1.bias)] == pytest.approx(0.5 / 0.01)  # stored times 1 / 0.01
         assert rates[id(mapping.embed.weight)] == rates[id(next(game.critic.parameters()))] == 0.5
-        assert (rates[id(game.G.synthesis.b4.const)], rates[id(game.latents.offset)]) == (0.25, 0.125)
+        assert (rates[id(game.G.synthesis.b4.const)], rates[id(game.image_latents.offset)]) == (0.25, 0.125)
 
 
 def test_mapping_rate_is_that_of_effective_weights():
@@ -304,7 +304,7 @@ def test_an_image_that_is_not_in_the_batch_stays_where_it_is(batch_gpu):
     """Bit for bit, also when it has been moving; the images of the batch move in every step, first of all by w_lr."""
     game = new_game(w_lr=0.03, dtype=torch.float32)
     phase = {phase.name: phase for phase in make_phases(game)}['Gpairs']
-    offset = game.latents.offset
+    offset = game.image_latents.offset
     for step, index in enumerate([[3, 0, 7, 10], [3, 0, 7, 10], [1, 2, 4, 5], [4, 4, 11, 10], [1, 2, 5, 11]]):
         latents, real = new_batch(game, 4, torch.float32)
         before = offset.clone()
@@ -355,7 +355,7 @@ def test_w_moves_towards_the_targets(critic, c_dim):
             phases.run_phase(phase, game.draw(c[torch.randint(len(c), [32])]), {'index': index, 'w': w[index], 'c': c[index]}, 32)
     after = distances()
     assert min(before) > 1 and all(b < 0.5 * a for a, b in zip(before, after, strict=True)), (before, after)
-    assert not game.latents.offset.any()  # at slice w, w stays
+    assert not game.image_latents.offset.any()  # at slice w, w stays
 
 
 def test_images_get_the_w_from_which_they_are_made():
@@ -373,7 +373,7 @@ def test_images_get_the_w_from_which_they_are_made():
         index = torch.randperm(num)[:32]
         real = {'index': index, 'w': w[index], 'x': x[index], 'img': img[index], 'c': torch.zeros(32, 0)}
         phases.run_phase(phase, game.draw(real['c']), real, 32)
-    assert float((game.latents.offset + error).norm() / error.norm()) < 0.25
+    assert float((game.image_latents.offset + error).norm() / error.norm()) < 0.25
 
 
 @pytest.mark.parametrize('res', [2, 8])
@@ -389,9 +389,9 @@ def test_a_new_game_measures_w_in_units_of_the_source(res):
     torch.testing.assert_close(game.critic.normalize(source).std(dim=0), torch.ones(W_DIM))
     p = (w - source.mean(dim=0)) / source.std(dim=0)
     torch.testing.assert_close(game.critic(w, torch.zeros(30, 0)), game.critic.score(p, torch.zeros(30, 0)), rtol=1e-4, atol=1e-5)
-    assert torch.equal(game.latents.offset, torch.zeros(30, W_DIM))
+    assert torch.equal(game.image_latents.offset, torch.zeros(30, W_DIM))
     assert not any(param.requires_grad for net in game.modules.values() for param in net.parameters())
-    assert game.modules == {'critic': game.critic, 'latents': game.latents} and game.res == res and game.metric is metric
+    assert game.modules == {'critic': game.critic, 'image_latents': game.image_latents} and game.res == res and game.metric is metric
     latents = game.draw(torch.zeros(5, 0))
     assert latents['z'].shape == (5, 6) and latents['c'].shape == (5, 0)
 

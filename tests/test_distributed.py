@@ -137,7 +137,8 @@ def command(tmp_path, data, *args):
     pickle = tmp_path / 'source.pkl'
     snapshots.save(pickle, G=tiny.generator(c_dim=2, seed=1), D=tiny.discriminator(c_dim=2), G_ema=tiny.generator(c_dim=2, seed=2))
     return [sys.executable, str(ROOT / 'tools' / 'transfer.py'), f'--network={pickle}', f'--data={data}', f'--outdir={tmp_path / "runs"}',
-            f'--cache-dir={tmp_path / "cache"}', '--cond=1', '--batch=8', '--bank=32', '--slice=8', '--device=cpu', '--gpus=2', *args]
+            f'--cache-dir={tmp_path / "cache"}', '--cond=1', '--train=high-res', '--batch=8', '--bank=32', '--slice=8', '--device=cpu', '--gpus=2',
+            *args]
 
 
 def test_gpus_2_from_the_command_line(tmp_path, data):

@@ -127,8 +127,8 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tmp_path, files, c
     tiny_run.assert_same_run(whole, parts)
     content = checkpoint.read(whole / checkpoint.FILE_NAME)
     assert int(content['counters']['cur_nimg']) == 36
-    assert {'G', 'G_ema', 'critic', 'latents'} <= set(content['modules'])
-    offset = content['modules']['latents']['offset']
+    assert {'G', 'G_ema', 'critic', 'image_latents'} <= set(content['modules'])
+    offset = content['modules']['image_latents']['offset']
     assert offset.shape == (20, 8) and bool(offset.any()) == (slice_at != 'w')
     assert set(content['optimizers']) == {'G', 'D'} | ({'Gpairs'} if slice_at != 'w' else set())
     assert all(optimizer['state'] for optimizer in content['optimizers'].values())
@@ -281,7 +281,7 @@ def still_game(critic):
     """A game without random numbers of its own in its gradients, in float64."""
     G = tiny.generator().double().train()
     torch.manual_seed(5)
-    offsets, net = code_game.Latents(10, 8).double().requires_grad_(False), code_game.Critic(8, 0).double().requires_grad_(False)
+    offsets, net = code_game.ImageLatents(10, 8).double().requires_grad_(False), code_game.Critic(8, 0).double().requires_grad_(False)
     offsets.offset.normal_()
     options = code_game.CodeOptions(critic=critic, n_critic=1, w_jitter=0.0)
     metric = torch.randn(11, 11, dtype=torch.float64)

@@ -25,7 +25,8 @@ def files(tmp_path):
 
 
 def run(tmp_path, *args, **options):
-    options = {'outdir': tmp_path / 'runs', 'cache_dir': tmp_path / 'cache', 'kimg': 0.016, 'batch': 4, 'bank': 32, 'device': 'cpu', **options}
+    options = {'outdir': tmp_path / 'runs', 'cache_dir': tmp_path / 'cache', 'kimg': 0.016, 'batch': 4, 'bank': 32, 'device': 'cpu',
+               'train': 'high-res', **options}
     options = [f'--{name.replace("_", "-")}={value}' for name, value in options.items() if value is not None]
     return CliRunner().invoke(main, [*options, *args], catch_exceptions=False)
 

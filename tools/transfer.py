@@ -17,10 +17,10 @@ from m2m_stylegan.errors import UserError
 @click.option('--cache-dir', metavar='DIR', help='Downloads and cached features  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
 @click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped; a pickle: start from its weights')
 # What is trained.
-@click.option('--train', type=click.Choice(['high-res', 'low-res', 'both', 'full']), default='high-res', help='Only the blocks above the slice, only '
-              'those up to it, these and then those, or everything')
-@click.option('--slice', metavar='R', help='Blocks up to R x R pixels are the low-res part; w: the mapping network alone  [default: resolution / 8, '
-              'in feature space / 4]')
+@click.option('--train', type=click.Choice(['both', 'low-res', 'high-res', 'full']), default='both', help='Only the blocks up to the '
+              'slice, only those above it, both one after the other, or everything')
+@click.option('--slice', metavar='R', help='Blocks up to R x R pixels are the low-res part; w: the mapping network alone  [default: resolution / 4, '
+              'with high-res and --no-bypass / 8]')
 @click.option('--no-bypass', is_flag=True, help='Low-res training: run the frozen high-res blocks')
 @click.option('--critic', type=click.Choice(['wgan-gp', 'logistic']), help='Loss of the game for w in low-res training  [default: logistic]')
 @click.option('--prepare-kimg', type=float, metavar='N', help='Thousand images for the encoder of low-res training  [default: 6]')
