@@ -14,7 +14,7 @@ from m2m_stylegan import slicing
 
 Batch = dict[str, torch.Tensor]
 
-SENSITIVITY_BATCHES, SENSITIVITY_ITEMS = 32, 4
+SENSITIVITY_ITEMS = 128
 STATISTICS_ITEMS = 64
 PRIOR_WEIGHT = 0.001
 
@@ -100,18 +100,29 @@ def decode(G, code: tuple, res: int, noise_mode: str = 'const') -> torch.Tensor:
     return slicing.g_high(G, x, img, w.unsqueeze(1).expand(-1, G.num_ws, -1), res, noise_mode=noise_mode, force_fp32=True)
 
 
+def items_per_pass(resolution: int) -> int:
+    """Images that go through high-res blocks at once, in float32: as many pixels as 8 images of 256 x 256 have."""
+    return max(1, min(32, 8 * 256 ** 2 // resolution ** 2))
+
+
+@torch.no_grad()
+def source_codes(G, num: int, c: torch.Tensor, res: int) -> tuple:
+    """Codes (x, img, w) of random latents with labels c [N, c_dim]."""
+    ws = G.mapping(torch.randn([num, G.z_dim], device=c.device), c)
+    return *slicing.g_low(G, ws, res, force_fp32=True), ws[:, 0]
+
+
 @torch.no_grad()
 def source_samples(G, num: int, c: torch.Tensor, res: int) -> tuple[tuple, torch.Tensor]:
     """Codes (x, img, w) and images [N, C, R, R] of random latents with labels c [N, c_dim]."""
-    ws = G.mapping(torch.randn([num, G.z_dim], device=c.device), c)
-    x, img = slicing.g_low(G, ws, res, force_fp32=True)
-    return (x, img, ws[:, 0]), slicing.g_high(G, x, img, ws, res, force_fp32=True)
+    code = source_codes(G, num, c, res)
+    return code, decode(G, code, res, noise_mode='random')
 
 
 def new_encoder(G, D, res: int, labels: Callable[[int], torch.Tensor]) -> Encoder:
     """An untrained encoder for slice `res` of these networks, with their statistics. Draws from the global RNG."""
-    (x, img, w), images = source_samples(G, STATISTICS_ITEMS, labels(STATISTICS_ITEMS), res)
-    h, _ = inputs_of(D, images[:2], res)
+    x, img, w = source_codes(G, STATISTICS_ITEMS, labels(STATISTICS_ITEMS), res)
+    h, _ = inputs_of(D, torch.zeros([1, G.img_channels, G.img_resolution, G.img_resolution], device=w.device), res)
     encoder = Encoder(h.shape[1], D.img_channels, 0 if x is None else x.shape[1], img is not None, G.w_dim, max(h.shape[1], 32)).to(w.device)
     encoder.to_w.mean.copy_(w.mean(dim=0))
     encoder.to_w.std.copy_(w.std(dim=0) + 1e-8)
@@ -155,8 +166,7 @@ def sensitivity(G, codes: Batch, res: int) -> torch.Tensor:
     """
     names = [name for name in ('x', 'img') if name in codes]
     total = torch.zeros([], dtype=torch.float64, device=codes['w'].device)
-    for _ in range(SENSITIVITY_BATCHES):
-        index = torch.randint(len(codes['w']), [SENSITIVITY_ITEMS], device=codes['w'].device)
+    for index in torch.randint(len(codes['w']), [SENSITIVITY_ITEMS], device=codes['w'].device).split(min(4, items_per_pass(G.img_resolution))):
         parts = {name: codes[name][index].requires_grad_(True) for name in names}
         with torch.enable_grad():
             images = decode(G, (parts['x'], parts.get('img'), codes['w'][index]), res)

@@ -27,7 +27,6 @@ SAVE_SECONDS = 60.0
 BATCH = 8
 LR = 2e-3
 SOURCE_KIMG, TARGET_KIMG = 2.0, 4.0  # of 64 px networks on two CPU cores: under a minute together (docs/method.md)
-ENCODE_BATCH = 32
 QUALITY_IMAGES, PICTURE_COLUMNS = 256, 16
 
 
@@ -76,7 +75,7 @@ def prepare(
         return torch.from_numpy(dataset.get_labels(torch.randint(len(dataset), [num]).tolist())).to(device)
 
     slice_name = slicing.slice_name(res)
-    base = {'kind': 'encoder 3', 'network_sha256': snapshot.sha256, 'slice': slice_name, 'kimg': source_kimg, 'seconds': max_seconds, 'seed': seed,
+    base = {'kind': 'encoder 4', 'network_sha256': snapshot.sha256, 'slice': slice_name, 'kimg': source_kimg, 'seconds': max_seconds, 'seed': seed,
             'batch': BATCH, 'lr': LR, 'labels_sha256': labels_digest(dataset) if G.c_dim else None}
     directory = cache_dir / 'encoders' / f'{name}-slice{slice_name}-{digest(base)}'
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
@@ -84,12 +83,12 @@ def prepare(
         encoder = autoencoder.new_encoder(G, D, res, labels)
         share = source_kimg / max(source_kimg + target_kimg, 1e-8)
 
-        def source_step(step: int) -> torch.Tensor:
-            code, images = autoencoder.source_samples(G, BATCH, labels(BATCH), res)
+        def source_step(num: int) -> torch.Tensor:
+            code, images = autoencoder.source_samples(G, num, labels(num), res)
             return autoencoder.source_loss(encoder, code, *autoencoder.inputs_of(D, images, res))
 
-        def target_step(step: int) -> torch.Tensor:
-            images = images_of(dataset, torch.randint(len(dataset), [BATCH]), device)
+        def target_step(num: int) -> torch.Tensor:
+            images = images_of(dataset, torch.randint(len(dataset), [num]), device)
             return autoencoder.target_loss(encoder, G, D, *autoencoder.inputs_of(D, images, res), images, res)
 
         target = {**base, 'target_kimg': target_kimg, 'data_fingerprint': dataset.fingerprint, 'num_items': len(dataset)}
@@ -97,7 +96,8 @@ def prepare(
                 (directory / 'source.safetensors', base, source_step, source_kimg, share, 'Encoder: source network'),
                 (directory / f'target-{digest(target)}.safetensors', target, target_step, target_kimg, 1 - share, 'Encoder: target images')]:
             seconds = None if max_seconds is None else max_seconds * part
-            distributed.from_main(_fit, encoder, path, fingerprint, step, math.ceil(kimg * 1000 / BATCH), seconds, seed, what)
+            distributed.from_main(_fit, encoder, path, fingerprint, step, math.ceil(kimg * 1000 / BATCH), seconds, seed, what,
+                                  min(BATCH, autoencoder.items_per_pass(G.img_resolution)))
             distributed.copy_from_main_([*encoder.parameters(), *encoder.buffers()])
         encoder.requires_grad_(False)
 
@@ -129,7 +129,7 @@ def images_of(dataset: ImageDataset, index: torch.Tensor, device: torch.device) 
 
 
 def _fit(encoder: Encoder, path: Path, fingerprint: dict, loss_of: Callable[[int], torch.Tensor], num_steps: int, max_seconds: float | None,
-         seed: int, what: str) -> None:
+         seed: int, what: str, per_pass: int) -> None:
     """Train the encoder for num_steps or max_seconds, whichever ends first, unless `path` holds the result; the learning rate falls to zero
     over the second half. Saves itself every SAVE_SECONDS and goes on from there: with a limit on steps alone, to the same bits."""
     with locks.exclusive(_lock(path)):
@@ -152,7 +152,9 @@ def _fit(encoder: Encoder, path: Path, fingerprint: dict, loss_of: Callable[[int
                 optimizer.param_groups[0]['lr'] = LR * min(1.0, 2 * (1 - done))
                 torch.manual_seed(seed * 1_000_003 + step)
                 optimizer.zero_grad(set_to_none=True)
-                loss_of(step).backward()
+                for first in range(0, BATCH, per_pass):
+                    num = min(per_pass, BATCH - first)
+                    (loss_of(num) * (num / BATCH)).backward()
                 optimizer.step()
                 step += 1
                 bar.update(BATCH)
@@ -199,8 +201,8 @@ def encode(encoder: Encoder, D, dataset: ImageDataset, res: int, device: torch.d
 
     with tqdm.tqdm(total=len(dataset), desc='Encoding target images', unit='img', leave=False, dynamic_ncols=True,
                    disable=distributed.rank() != 0) as bar:
-        return features.write(directory, fingerprint, len(dataset), make, batch_size=ENCODE_BATCH, rank=distributed.rank(),
-                              num_replicas=distributed.world_size(), progress=bar.update)
+        return features.write(directory, fingerprint, len(dataset), make, batch_size=autoencoder.items_per_pass(dataset.resolution),
+                              rank=distributed.rank(), num_replicas=distributed.world_size(), progress=bar.update)
 
 
 def few(codes: features.FeatureCache, device: torch.device) -> Batch:
@@ -219,7 +221,7 @@ def quality(G, D, codes: features.FeatureCache, dataset: ImageDataset, res: int,
     chosen = spread(len(dataset))
     squared = error = size = 0.0
     pairs = []
-    for index in chosen.split(ENCODE_BATCH):
+    for index in chosen.split(autoencoder.items_per_pass(dataset.resolution)):
         images = images_of(dataset, index, device)
         batch = codes.gather(index)
         found = autoencoder.decode(G, tuple(batch[name].to(device) if name in batch else None for name in ('x', 'img', 'w')), res)

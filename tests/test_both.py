@@ -192,7 +192,8 @@ def test_two_processes_train_one_network_and_resume_in_the_second_stage(tmp_path
         options = TransferOptions(outdir=str(tmp_path / 'runs'), resume='latest', kimg=0.096, device='cpu')
 
 
-def test_preparation_that_takes_all_the_time_is_told(tmp_path, files, cache, monkeypatch):
+@pytest.mark.parametrize('seconds, expected', [(30, False), (50, True)])
+def test_preparation_that_takes_all_the_time_is_told(tmp_path, files, cache, monkeypatch, seconds, expected):
     clock, told, original = [1000.0], [], transfer.open_codes
     monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
 
@@ -201,9 +202,8 @@ def test_preparation_that_takes_all_the_time_is_told(tmp_path, files, cache, mon
         return original(*args)
 
     monkeypatch.setattr(transfer, 'open_codes', open_codes)
-    for seconds, expected in [(30, False), (50, True)]:
-        run(tmp_path, **files, cache_dir=cache, echo=told.append, minutes=1)
-        assert any(text.startswith('WARNING: the preparation has taken') for text in told) == expected
+    run(tmp_path, **files, cache_dir=cache, echo=told.append, minutes=1)
+    assert any(text.startswith('WARNING: the preparation has taken') for text in told) == expected
 
 
 # What the options come down to

@@ -122,7 +122,7 @@ def test_killed_preparation_goes_on_to_the_same_bits(tmp_path, snapshot, dataset
 def test_killed_encoding_goes_on(tmp_path, snapshot, dataset, monkeypatch):
     whole = prepare(snapshot, dataset, tmp_path / 'whole')
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, 'ENCODE_BATCH', 8)
+        patch.setattr(autoencoder, 'items_per_pass', lambda resolution: 8)
 
         def images_of(dataset, index, device, original=preparation.images_of):
             if 16 in index and len(index) < 8:  # the last 4 images
@@ -134,6 +134,25 @@ def test_killed_encoding_goes_on(tmp_path, snapshot, dataset, monkeypatch):
             prepare(snapshot, dataset, tmp_path / 'parts')
     forbid(monkeypatch, 'source_loss', 'target_loss')
     assert_same(whole, prepare(snapshot, dataset, tmp_path / 'parts'))
+
+
+def test_large_images_go_through_a_few_at_a_time(tmp_path, snapshot, monkeypatch):
+    """The gradient is the mean over the batch, however it is cut."""
+    assert [autoencoder.items_per_pass(res) for res in (64, 128, 256, 512, 1024)] == [32, 32, 8, 2, 1]
+    monkeypatch.setattr(preparation, 'BATCH', 8)
+    found = []
+    for per_pass in (8, 3):
+        torch.manual_seed(0)
+        encoder, nums = autoencoder.new_encoder(snapshot.G_ema, snapshot.D, 8, lambda num: torch.zeros(num, 0)), []
+
+        def loss_of(num, encoder=encoder, nums=nums):
+            nums.append(num)
+            return encoder.stem.weight.square().sum() + encoder.stem.bias.sum()
+
+        preparation._fit(encoder, tmp_path / f'{per_pass}.safetensors', {}, loss_of, 2, None, 0, 'test', per_pass)
+        found.append((nums, encoder.stem.weight.detach().clone()))
+    assert [nums for nums, _ in found] == [[8, 8], [3, 3, 2] * 2]
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_another_dataset_re_uses_the_source_encoder(tmp_path, snapshot, dataset, monkeypatch):
