@@ -179,8 +179,7 @@ def prepares(options: TransferOptions) -> bool:
 def stages(options: TransferOptions, resolution: int, device: torch.device) -> list[LoopOptions]:
     """What is trained one after the other: one stage, with --train=both two, of which the first ends after --split of the budget.
 
-    What is said about pixels, D and batches belongs to the second one. D trains as a whole there: its layout is no longer that of the frozen blocks
-    of a generator of other images.
+    What is said about pixels, D and batches belongs to the second one.
     """
     if options.train != 'both':
         return [loop_options(options, resolution, device)]
@@ -188,7 +187,7 @@ def stages(options: TransferOptions, resolution: int, device: torch.device) -> l
     low = dataclasses.replace(
         options, train='low-res', kimg=split * (options.kimg or KIMG), minutes=None if options.minutes is None else split * options.minutes,
         batch=None, batch_gpu=None, gamma=None, lr=None)
-    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution), d_trains=options.d_trains or 'all',
+    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution),
                                ema_rampup=BOTH_EMA_RAMPUP if options.ema_rampup is None else options.ema_rampup)
     return [loop_options(o, resolution, device) for o in (low, high)]
 

@@ -25,7 +25,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--critic', type=click.Choice(['wgan-gp', 'logistic']), help='Loss of the game for w in low-res training  [default: logistic]')
 @click.option('--prepare-kimg', type=float, metavar='N', help='Thousand images for the encoder of low-res training  [default: 6]')
 @click.option('--prepare-minutes', type=float, metavar='N', help='Wall clock for the encoder, if it is not in the cache')
-@click.option('--d-trains', type=click.Choice(['all', 'high-res']), help='Trained part of D in high-res training  [default: high-res, with both all]')
+@click.option('--d-trains', type=click.Choice(['all', 'high-res']), help='Trained part of D in high-res training  [default: high-res]')
 @click.option('--split', type=float, metavar='F', help='Share of the budget for low-res training, with --train=both  [default: 0.4]')
 @click.option('--bank', type=int, metavar='N', help='Latents in the feature cache  [default: what fits 1 GiB, at most 4096]')
 @click.option('--freezed', type=int, metavar='N', default=0, help='FreezeD: freeze the first N layers of D')
