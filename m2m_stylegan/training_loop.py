@@ -31,6 +31,7 @@ class LoopOptions:
 
     train: str = 'full'                      # 'full', 'high-res' or 'low-res'
     d_trains: str = 'high-res'               # which part of D is trained in high-res training: 'all' or 'high-res'
+    train_noise: bool = True                 # G's noise strengths, in high-res training; else they stay what they are
     slice_res: int | None = None             # r; None for 'full'
     freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
     seed: int = 0
@@ -129,7 +130,10 @@ def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str
     if options.codes is not None:  # D is not there; the critic of the codes is a network of its own
         return {'G': slicing.tensor_names(state.G, options.slice_res, 'low-res'), 'D': frozenset()}
     d_trains = options.d_trains if options.train == 'high-res' else 'low-res'
-    return {'G': slicing.tensor_names(state.G, options.slice_res, options.train), 'D': slicing.tensor_names(state.D, options.slice_res, d_trains)}
+    G_names = slicing.tensor_names(state.G, options.slice_res, options.train)
+    if not options.train_noise:
+        G_names = frozenset(name for name in G_names if not name.endswith('noise_strength'))
+    return {'G': G_names, 'D': slicing.tensor_names(state.D, options.slice_res, d_trains)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,7 +179,8 @@ def prepares(options: TransferOptions) -> bool:
 def stages(options: TransferOptions, resolution: int, device: torch.device) -> list[LoopOptions]:
     """What is trained one after the other: one stage, with --train=both two, of which the first ends after --split of the budget.
 
-    What is said about pixels, D and batches belongs to the second one.
+    What is said about pixels, D and batches belongs to the second one. There noise is not trained: what G cannot repair, since its layout is frozen,
+    it would cover with grain (docs/method.md).
     """
     if options.train != 'both':
         return [loop_options(options, resolution, device)]
@@ -189,7 +190,7 @@ def stages(options: TransferOptions, resolution: int, device: torch.device) -> l
         batch=None, batch_gpu=None, gamma=None, lr=None)
     high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution),
                                ema_rampup=BOTH_EMA_RAMPUP if options.ema_rampup is None else options.ema_rampup)
-    return [loop_options(o, resolution, device) for o in (low, high)]
+    return [loop_options(low, resolution, device), dataclasses.replace(loop_options(high, resolution, device), train_noise=False)]
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:

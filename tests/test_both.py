@@ -73,6 +73,7 @@ def test_first_the_low_res_part_then_the_high_res_part(tmp_path, files, cache, m
     assert first and first <= {f'{key}.{name}' for key in ('G', 'G_ema') for name in low}
     assert {name for name in second if name.startswith('G')} <= {f'{key}.{name}' for key in ('G', 'G_ema') for name in high}
     assert {name.split('.')[1] for name in second if name.startswith('D.')} == {'b16'}
+    assert not any(name.endswith('noise_strength') for name in second)
     end, start = calls[0][4], calls[1][3]
     assert all(torch.equal(start[f'G.{name}'], end[f'G_ema.{name}']) for name in low)  # G goes on with the low-res part whose features are cached
     assert all(torch.equal(start[name], end[name]) for name in end if not name.startswith('G.'))
@@ -213,6 +214,7 @@ def test_budget_is_divided():
     low, high = stages(TransferOptions(outdir='', train='both', kimg=10, minutes=5, split=0.3, gamma=3, lr=0.1, batch=8), 64, torch.device('cpu'))
     assert (low.train, low.total_kimg, low.max_seconds, low.batch_size) == ('low-res', 3, 90, 16)
     assert (high.train, high.total_kimg, high.max_seconds, high.batch_size, high.d_trains) == ('high-res', 10, 300, 8, 'high-res')
+    assert (low.train_noise, high.train_noise) == (True, False)
     assert low.slice_res == high.slice_res == 16 and (low.ema_rampup, high.ema_rampup) == (0.05, 0.3)
     assert low.codes.pair_lr != 0.1 and high.G_lr == 0.1 and low.codes.r1_gamma != 3 and high.loss.r1_gamma == 3
     assert low.codes is not None and high.codes is None and low.ada_target is None and high.ada_target == 0.6
