@@ -36,8 +36,8 @@ def main(resolution, cbase, cmax, dim, res, batch, fp16_res):
         tasks = [(phase.interval, functools.partial(run, phase, source, real, num)) for phase in phase_list]
         found[name] = step_costs.measure(tasks, num, step_costs.state_nbytes(state, phase_list), device)
         click.echo(f'{name:<8} batch {num:>2}: {found[name].memory_bytes / 2 ** 20:>9.0f} MiB {found[name].seconds:>9.3f} s per image')
-    ratio = found['full'].memory_bytes / found['low-res'].memory_bytes
-    click.echo(f'{resolution} px, slice {res}: full training takes {ratio:.1f} times the memory\n({device.type}: {step_costs.MEMORY_KINDS[device.type]})')
+    ratio, kind = found['full'].memory_bytes / found['low-res'].memory_bytes, step_costs.MEMORY_KINDS[device.type]
+    click.echo(f'{resolution} px, slice {res}: full training takes {ratio:.1f} times the memory\n({device.type}: {kind})')
 
 
 def run(phase: phases.Phase, source, real: phases.Batch, batch: int) -> None:
