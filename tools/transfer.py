@@ -71,7 +71,7 @@ from m2m_stylegan.errors import UserError
 def main(**options):
     """Adapt an official StyleGAN2 network to a few hundred to a few thousand images, and write an official network pickle.
 
-    Without --network and --data the bundled demo runs: `python tools/transfer.py --outdir=runs --minutes=3`.
+    Without --network and --data the bundled demo runs: `python tools/transfer.py --outdir=runs --minutes=5`.
     """
     from m2m_stylegan import transfer  # here, so that --help does not wait for PyTorch
 
