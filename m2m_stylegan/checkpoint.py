@@ -12,20 +12,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 
 from m2m_stylegan import distributed
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.feature_files import GARBAGE, digest_of
+from m2m_stylegan.feature_files import GARBAGE, digest_of, pack, unpack
 from m2m_stylegan.files import atomic_write
 
 FILE_NAME = 'm2m-checkpoint.safetensors'
 FORMAT = 3
 COUNTERS = {**dict.fromkeys(['stage', 'stage_start_nimg', 'cur_nimg', 'batch_idx', 'cur_tick', 'tick_start_nimg', 'backoffs'], torch.int64),
             'elapsed_seconds': torch.float64}
-_METADATA_KEY = 'm2m_stylegan'
 _SEPARATOR = '|'  # in no name of a tensor or of a statistic
 
 
@@ -74,8 +71,7 @@ def save(run_dir: Path, live: Live, keep: int = 2) -> None:
         'counters': {name: torch.tensor(getattr(live.state, name), dtype=dtype) for name, dtype in COUNTERS.items()},
         'ranks': dict(enumerate(ranks)),
         **({} if live.bank is None else {'bank': {'next_chunk': torch.tensor(live.bank.next_chunk)}})})
-    metadata = json.dumps({'format': FORMAT, 'sha256': digest_of(tensors)})
-    data = safetensors.torch.save(tensors, {_METADATA_KEY: metadata})
+    data = pack(tensors, format=FORMAT)
     while True:
         try:
             with atomic_write(run_dir / FILE_NAME) as tmp:
@@ -94,8 +90,7 @@ def load(run_dir: Path, live: Live, echo: Callable[[str], object] = print) -> No
 
     Raises UserError if there is none, or if it does not fit. Every process reads the file that process 0 has chosen.
     """
-    path = distributed.from_main(_newest_intact, run_dir, echo)
-    content = read(path)
+    path, content = run_dir / FILE_NAME, newest(run_dir, echo)
     try:
         _check_fit(path, content, live)
         for name, module in live.modules.items():
@@ -122,10 +117,8 @@ def newest(run_dir: Path, echo: Callable[[str], object] = print) -> dict:
 def read(path: Path) -> dict:
     """The tree of tensors in a checkpoint, on the CPU. Raises Damaged, or UserError for another version's format."""
     try:
-        with safe_open(path, 'pt') as f:
-            metadata = json.loads(f.metadata()[_METADATA_KEY])
-            found, sha256 = metadata['format'], metadata['sha256']
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+        metadata, tensors = unpack(path)
+        found, sha256 = metadata['format'], metadata['sha256']
         if found != FORMAT:
             raise UserError(f'{path} has format {found}, this version reads format {FORMAT}.')
         if digest_of(tensors) != sha256:

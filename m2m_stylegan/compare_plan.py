@@ -22,8 +22,7 @@ from m2m_stylegan.transfer_options import TransferOptions, choose_device, slice_
 DETECTORS = {'efficientnet-lite0': ('fd_effnetlite0', 'kd_effnetlite0'), 'inception': ('fid50k_full', 'kid50k_full')}
 METHODS = {'full': {'train': 'full'}, 'high-res': {'train': 'high-res'}, 'low-res': {'train': 'low-res'}, 'both': {'train': 'both'},
            'w': {'train': 'low-res', 'slice': 'w'}, 'no-bypass': {'train': 'low-res', 'no_bypass': True}}
-# For all methods but both, which has its own: the average of a short run of full training, as officially resumed, would still show the source.
-EMA_RAMPUP = 0.05
+EMA_RAMPUP = 0.05  # of full training, as the others have by themselves: as officially resumed, the average of a short run would still show the source
 SWAP = 'swap'
 KNOWN = f'{", ".join(METHODS)}, freezedN (full training with the first N layers of D frozen, e.g. freezed10), {SWAP}'
 # Else transfer refuses them. Training in feature space ('low-res', 'w') has rates and batches of its own.
@@ -82,7 +81,7 @@ def cell_options(options: CompareOptions, method: str, seed: int, folder: Path, 
     in_pixels = chosen['train'] != 'low-res' or 'no_bypass' in chosen
     passed_on = {name: value for name, value in options.training.items()
                  if method in ONLY_FOR.get(name, (method,)) and (in_pixels or name not in IN_PIXELS)}
-    if method != 'both':
+    if chosen['train'] == 'full':
         passed_on.setdefault('ema_rampup', EMA_RAMPUP)
     return TransferOptions(
         outdir=str(folder), network=str(network), data=str(data), seed=seed, minutes=options.minutes, snap_minutes=options.minutes / options.evals,

@@ -116,6 +116,18 @@ def read_shard(cache_dir: Path, layout: Layout, shard: int, *, verify: bool) -> 
     return tensors, digest
 
 
+def pack(tensors: Batch, **metadata) -> bytes:
+    """One safetensors file with our metadata, to which the checksum of the tensors is added as `sha256`."""
+    return safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps({**metadata, 'sha256': digest_of(tensors)})})
+
+
+def unpack(path: Path) -> tuple[dict, Batch]:
+    """Metadata and tensors, copied into memory, of a file made by `pack`; the checksum is not compared. Raises one of GARBAGE if it is not ours."""
+    with safe_open(path, 'pt') as f:
+        metadata = json.loads(f.metadata()[_METADATA_KEY])
+        return metadata, {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+
+
 def write_manifest(cache_dir: Path, layout: Layout, digests: list[str]) -> None:
     """Write `cache.json`, which marks the cache as complete. The caller holds its lock."""
     shards = [{'num_items': len(layout.items_of(k)), 'sha256': digest} for k, digest in enumerate(digests)]

@@ -1,25 +1,19 @@
 """Small trained modules on disk: one safetensors file with the fingerprint of what the module was made from and a checksum."""
 
-import json
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 
 from m2m_stylegan.errors import UserError
-from m2m_stylegan.feature_files import GARBAGE, Batch, Fingerprint, digest_of
+from m2m_stylegan.feature_files import GARBAGE, Batch, Fingerprint, digest_of, pack, unpack
 from m2m_stylegan.files import atomic_write
-
-_METADATA_KEY = 'm2m_stylegan'
 
 
 def write(path: Path, fingerprint: Fingerprint, tensors: Batch) -> None:
     """Store {name: tensor} atomically."""
     tensors = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in tensors.items()}
-    metadata = json.dumps({'fingerprint': fingerprint, 'sha256': digest_of(tensors)})
     with atomic_write(path) as tmp:
-        tmp.write_bytes(safetensors.torch.save(tensors, {_METADATA_KEY: metadata}))
+        tmp.write_bytes(pack(tensors, fingerprint=fingerprint))
 
 
 def read(path: Path, fingerprint: Fingerprint) -> Batch | None:
@@ -27,10 +21,8 @@ def read(path: Path, fingerprint: Fingerprint) -> Batch | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, 'pt') as f:
-            metadata = json.loads(f.metadata()[_METADATA_KEY])
-            found, sha256 = dict(metadata['fingerprint']), metadata['sha256']
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+        metadata, tensors = unpack(path)
+        found, sha256 = dict(metadata['fingerprint']), metadata['sha256']
     except GARBAGE as err:
         cause = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise UserError(f'{path} is damaged ({cause}). Delete it; it will be made anew.') from err

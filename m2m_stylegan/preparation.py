@@ -63,7 +63,7 @@ def prepare(
     picture: Path | None = None,
     echo: Callable[[str], object] = print,
 ) -> Prepared:
-    """Make or find the encoder, the codes and their space for low-res training of `snapshot` (with G_ema and D) on `dataset` at slice `res`.
+    """Make or find the encoder, the codes and their metric for low-res training of `snapshot` (with G_ema and D) on `dataset` at slice `res`.
 
     max_seconds: wall clock for both trainings of the encoder together; what is found in the cache costs none. picture: where a grid of target
     images and their decoded codes goes. In a distributed session process 0 trains the encoder, all encode.
@@ -118,9 +118,9 @@ def labels_digest(dataset: ImageDataset) -> str:
     return hashlib.sha256(dataset.get_labels(range(len(dataset))).tobytes()).hexdigest()
 
 
-def digest_of_module(module: torch.nn.Module) -> str:
-    """Checksum of a module's tensors."""
-    return features.files.digest_of({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()})
+def digest_of_module(module: torch.nn.Module, names: frozenset[str] | None = None) -> str:
+    """Checksum of a module's tensors, or of those of these names."""
+    return features.files.digest_of({name: x.detach().cpu() for name, x in module.state_dict().items() if names is None or name in names})
 
 
 def images_of(dataset: ImageDataset, index: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -205,6 +205,11 @@ def encode(encoder: Encoder, D, dataset: ImageDataset, res: int, device: torch.d
                               rank=distributed.rank(), num_replicas=distributed.world_size(), progress=bar.update)
 
 
+def code_of(batch: Batch, device: torch.device) -> tuple:
+    """(x, img, w) of cached codes, on `device`; None for what is not there."""
+    return tuple(batch[name].to(device) if name in batch else None for name in ('x', 'img', 'w'))
+
+
 def few(codes: features.FeatureCache, device: torch.device) -> Batch:
     """Up to QUALITY_IMAGES codes, evenly spread over the set, on `device`."""
     return {name: value.to(device) for name, value in codes.gather(spread(len(codes))).items()}
@@ -223,8 +228,7 @@ def quality(G, D, codes: features.FeatureCache, dataset: ImageDataset, res: int,
     pairs = []
     for index in chosen.split(autoencoder.items_per_pass(dataset.resolution)):
         images = images_of(dataset, index, device)
-        batch = codes.gather(index)
-        found = autoencoder.decode(G, tuple(batch[name].to(device) if name in batch else None for name in ('x', 'img', 'w')), res)
+        found = autoencoder.decode(G, code_of(codes.gather(index), device), res)
         h, g = (autoencoder.inputs_of(D, x, res)[0] for x in (images, found))
         squared += float((found - images).square().mean(dim=(1, 2, 3)).sum())
         error, size = error + float((h - g).square().sum()), size + float(h.square().sum())

@@ -55,8 +55,7 @@ class Judge:
 
         @torch.inference_mode()
         def images(start: int, stop: int) -> torch.Tensor:
-            batch = prepared.codes.gather(torch.from_numpy(order[start:stop]))
-            code = tuple(batch[name].to(self.job.device) if name in batch else None for name in ('x', 'img', 'w'))
+            code = preparation.code_of(prepared.codes.gather(torch.from_numpy(order[start:stop])), self.job.device)
             return to_uint8(autoencoder.decode(self.job.snapshot.G_ema, code, prepared.res))
         return self.distance(f'Features of decoded codes, slice {slicing.slice_name(prepared.res)}', images)
 

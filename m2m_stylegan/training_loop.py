@@ -293,9 +293,10 @@ def training_loop(
 
             # Snapshot: picture, pickle, checkpoint.
             if snapshot:
-                path = run_dir / f'network-snapshot-{_snapshot_name(state, options)}.pkl'
+                name = f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
+                path = run_dir / f'network-snapshot-{name}.pkl'
                 if main:
-                    _save_snapshot(path, state, grid, options, save_network)
+                    _save_snapshot(path, run_dir / f'fakes{name}.png', state, grid, options, save_network)
                 checkpoint.save(run_dir, live, options.keep_checkpoints)
                 if score is not None:
                     results = score(path)
@@ -325,13 +326,9 @@ def open_game(state: State, options: LoopOptions, names: dict[str, frozenset[str
     return source, game, phases.make_phases(game, trained['G'], trained['D'], options.G_lr, options.D_lr)
 
 
-def _snapshot_name(state: State, options: LoopOptions) -> str:
-    return f'{state.cur_nimg // 1000:06d}' + (f'_{state.cur_nimg % 1000:03d}' if options.snapshot_seconds else '')
-
-
-def _save_snapshot(path: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:
+def _save_snapshot(path: Path, picture: Path, state: State, grid: Grid, options: LoopOptions, save_network: Callable[[Path, State], None]) -> None:
     samples = sample_grid(state.G_ema, grid, options.batch_gpu, force_fp32=options.force_fp32)
-    save_image_grid(samples, path.with_name(f'fakes{_snapshot_name(state, options)}.png'), (-1, 1), grid.size)
+    save_image_grid(samples, picture, (-1, 1), grid.size)
     save_network(path, state)
     entry = {'pkl': path.name, 'cur_nimg': state.cur_nimg, 'elapsed_s': state.elapsed_seconds}
     with open(path.with_name('snapshots.jsonl'), 'a', encoding='utf-8') as f:

@@ -236,9 +236,11 @@ def open_bank(job: Job, G_ema, directory: Path | None, echo: Callable[[str], Non
     item_bytes = sum(value[0].numel() * (dtype.itemsize if name in ('x', 'img') else 4) for name, value in probe.items())
     chunk_items = feature_bank.CHUNK_ITEMS
     num_items = options.bank or min(max(features.items_for_budget(item_bytes, BANK_BYTES), chunk_items), BANK_ITEMS) // chunk_items * chunk_items
+    source = job.snapshot.sha256
+    if directory is not None:
+        source = preparation.digest_of_module(G_ema, slicing.tensor_names(G_ema, loop.slice_res, 'low-res'))
     fingerprint = {
-        'kind': 'high-res bank 1', 'network_sha256': job.snapshot.sha256 if directory is None else low_res_digest(G_ema, loop.slice_res),
-        'slice': loop.slice_res, 'seed': options.seed,
+        'kind': 'high-res bank 1', 'network_sha256': source, 'slice': loop.slice_res, 'seed': options.seed,
         'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': preparation.labels_digest(job.dataset), 'items': num_items,
         'dtype': str(dtype), 'force_fp32': loop.force_fp32, 'device': job.device.type}
     if directory is None:
@@ -250,12 +252,6 @@ def open_bank(job: Job, G_ema, directory: Path | None, echo: Callable[[str], Non
             shard_items=max((64 << 20) // item_bytes // chunk_items, 1) * chunk_items, rank=distributed.rank(), num_replicas=distributed.world_size(),
             progress=progress.update)
     return feature_bank.Bank(cache.resident(job.device), lambda chunk: make(chunk, dtype))
-
-
-def low_res_digest(G, res: int) -> str:
-    """Checksum of the tensors of G's low-res part."""
-    names = slicing.tensor_names(G, res, 'low-res')
-    return features.files.digest_of({name: tensor.detach().cpu() for name, tensor in G.state_dict().items() if name in names})
 
 
 def open_codes(job: Job, directory: Path, echo: Callable[[str], None]) -> preparation.Prepared:
@@ -434,10 +430,9 @@ def begin_stage(state: State, stage: int, loop: LoopOptions) -> None:
     """From here on the low-res part of G_ema, whose features are cached, is that of G, too, and the moving average starts anew."""
     state.stage, state.stage_start_nimg = stage, state.cur_nimg
     distributed.copy_from_main_([*state.G_ema.parameters(), *state.G_ema.buffers()])  # Each process has averaged a w_avg of its own.
-    averages = state.G_ema.state_dict()
-    for name, tensor in state.G.state_dict().items():
-        if name in slicing.tensor_names(state.G, loop.slice_res, 'low-res'):
-            tensor.copy_(averages[name])
+    tensors, averages = state.G.state_dict(), state.G_ema.state_dict()
+    for name in slicing.tensor_names(state.G, loop.slice_res, 'low-res'):
+        tensors[name].copy_(averages[name])
 
 
 def progress_bar(*args, **kwargs) -> tqdm.tqdm:

@@ -9,7 +9,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from m2m_stylegan import advise, autoencoder, detectors, efficientnet_lite, phases, prepare_codes, slicing, snapshots, step_costs, transfer
+from m2m_stylegan import advise, autoencoder, detectors, efficientnet_lite, phases, prepare_codes, slicing, step_costs, transfer
 from m2m_stylegan.advise import Row
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.evaluate import Evaluator
@@ -34,10 +34,7 @@ def stub_detector(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    """An unconditional 16 x 16 pickle and a matching dataset."""
-    pickle = tmp_path / 'source.pkl'
-    snapshots.save(pickle, G=tiny.generator(seed=1), D=tiny.discriminator(), G_ema=tiny.generator(seed=2))
-    return {'network': str(pickle), 'data': str(tiny.dataset_zip(tmp_path / 'data.zip'))}
+    return tiny.files(tmp_path)
 
 
 def run(tool, *args, **options):
@@ -187,7 +184,7 @@ def test_prepare_twice_says_the_same(tmp_path, files, stub_detector):
 
 def test_conditional_networks(tmp_path, stub_detector):
     pickle = tmp_path / 'cond.pkl'
-    snapshots.save(pickle, G=tiny.generator(c_dim=3, seed=1), D=tiny.discriminator(c_dim=3), G_ema=tiny.generator(c_dim=3, seed=2))
+    tiny.save_pickle(pickle, c_dim=3)
     options = {'network': str(pickle), 'data': str(tiny.dataset_zip(tmp_path / 'data.zip', num_classes=3)), 'num': NUM, 'prepare_kimg': KIMG,
                'slices': '4', 'cache_dir': tmp_path / 'cache', 'device': 'cpu'}
     result = run(advise_tool, **options)

@@ -22,10 +22,7 @@ LOW, TOTAL = 48, 72  # images: 3 steps of 16, then 6 of 4
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('files')
-    G, G_ema = (tiny.generator(seed=seed) for seed in (1, 2))
-    snapshots.save(folder / 'source.pkl', G=G, D=tiny.discriminator(), G_ema=G_ema)
-    return {'network': str(folder / 'source.pkl'), 'data': str(tiny.dataset_zip(folder / 'data.zip'))}
+    return tiny.files(tmp_path_factory.mktemp('files'))
 
 
 @pytest.fixture(scope='module')

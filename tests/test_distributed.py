@@ -17,7 +17,7 @@ import tiny_run
 import torch
 from click.testing import CliRunner
 
-from m2m_stylegan import checkpoint, distributed, snapshots
+from m2m_stylegan import checkpoint, distributed
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.training_loop import batches, seed_step
 from tools.transfer import main
@@ -135,7 +135,7 @@ def test_a_signal_to_one_process_stops_all_in_the_same_step(tmp_path, data):
 
 def command(tmp_path, data, *args):
     pickle = tmp_path / 'source.pkl'
-    snapshots.save(pickle, G=tiny.generator(c_dim=2, seed=1), D=tiny.discriminator(c_dim=2), G_ema=tiny.generator(c_dim=2, seed=2))
+    tiny.save_pickle(pickle, c_dim=2)
     return [sys.executable, str(ROOT / 'tools' / 'transfer.py'), f'--network={pickle}', f'--data={data}', f'--outdir={tmp_path / "runs"}',
             f'--cache-dir={tmp_path / "cache"}', '--cond=1', '--train=high-res', '--batch=8', '--bank=32', '--slice=8', '--device=cpu', '--gpus=2',
             *args]

@@ -20,17 +20,9 @@ from m2m_stylegan.transfer_options import TransferOptions, check_options
 STEPS, BATCH = 6, 4
 
 
-def save_pickle(path, c_dim=0, **synthesis_kwargs):
-    """G and G_ema differ, as in a real pickle."""
-    G, G_ema = (tiny.generator(c_dim=c_dim, seed=seed, **synthesis_kwargs) for seed in (1, 2))
-    snapshots.save(path, G=G, D=tiny.discriminator(c_dim=c_dim), G_ema=G_ema)
-    return path
-
-
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('files')
-    return {'network': str(save_pickle(folder / 'source.pkl')), 'data': str(tiny.dataset_zip(folder / 'data.zip'))}
+    return tiny.files(tmp_path_factory.mktemp('files'))
 
 
 @pytest.fixture(scope='module')
@@ -173,7 +165,7 @@ def test_random_numbers_of_the_preparation_do_not_reach_the_training(tmp_path, f
 @pytest.mark.parametrize('architecture', ['skip', 'orig'])
 def test_conditional_mirrored_subset(tmp_path, slice_at, architecture):
     """Architecture orig has no img at the slice."""
-    pickle = save_pickle(tmp_path / 'cond.pkl', c_dim=3, architecture=architecture)
+    pickle = tiny.save_pickle(tmp_path / 'cond.pkl', c_dim=3, architecture=architecture)
     data = tiny.dataset_zip(tmp_path / 'data.zip', num_classes=3)
     directory = run(tmp_path, network=str(pickle), data=str(data), cond=True, mirror=True, subset=9, slice=slice_at, kimg=0.008)
     assert f'-cond-subset9-mirror-auto1-kimg0.008-batch4-resumecustom-m2m-low-res-slice{slice_at}' in directory.name

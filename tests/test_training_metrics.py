@@ -11,7 +11,7 @@ import tiny
 import tiny_run
 import torch
 
-from m2m_stylegan import checkpoint, metric_names, snapshots, training_loop, transfer
+from m2m_stylegan import checkpoint, metric_names, training_loop, transfer
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.evaluate import evaluate
 from m2m_stylegan.transfer_options import TransferOptions
@@ -29,8 +29,7 @@ def few_images(monkeypatch):
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('files')
-    snapshots.save(folder / 'source.pkl', G=tiny.generator(seed=1), D=tiny.discriminator(), G_ema=tiny.generator(seed=2))
-    return {'network': str(folder / 'source.pkl'), 'data': str(tiny.dataset_zip(folder / 'data.zip')), 'cache_dir': str(folder / 'cache')}
+    return {**tiny.files(folder), 'cache_dir': str(folder / 'cache')}
 
 
 def options_for(tmp_path, **options):

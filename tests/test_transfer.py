@@ -18,10 +18,7 @@ from tools.transfer import main
 
 @pytest.fixture
 def files(tmp_path):
-    """An unconditional 16 x 16 pickle and a matching dataset."""
-    pickle = tmp_path / 'source.pkl'
-    snapshots.save(pickle, G=tiny.generator(seed=1), D=tiny.discriminator(), G_ema=tiny.generator(seed=2))
-    return {'network': str(pickle), 'data': str(tiny.dataset_zip(tmp_path / 'data.zip'))}
+    return tiny.files(tmp_path)
 
 
 def run(tmp_path, *args, **options):
@@ -186,7 +183,7 @@ def test_a_disk_that_takes_no_more(tmp_path, files):
 
 def test_conditional_transfer(tmp_path):
     pickle = tmp_path / 'cond.pkl'
-    snapshots.save(pickle, G=tiny.generator(c_dim=3, seed=1), D=tiny.discriminator(c_dim=3), G_ema=tiny.generator(c_dim=3, seed=2))
+    tiny.save_pickle(pickle, c_dim=3)
     data = tiny.dataset_zip(tmp_path / 'data.zip', num_classes=3)
     assert run(tmp_path, network=pickle, data=data, cond=1, mirror=1, subset=9).exit_code == 0
     directory, = (tmp_path / 'runs').iterdir()

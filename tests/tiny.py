@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from m2m_stylegan import networks
+from m2m_stylegan import networks, snapshots
 
 SIZE = {'channel_base': 64, 'channel_max': 8}
 
@@ -32,6 +32,18 @@ def perturbed(net):
         if name.split('.')[-1] in ('bias', 'noise_strength', 'w_avg'):
             tensor.add_(torch.randn_like(tensor) * 0.2)
     return net
+
+
+def save_pickle(path, *, c_dim=0, **synthesis_kwargs):
+    """G and G_ema differ, as in a real pickle."""
+    G, G_ema = (generator(c_dim=c_dim, seed=seed, **synthesis_kwargs) for seed in (1, 2))
+    snapshots.save(path, G=G, D=discriminator(c_dim=c_dim), G_ema=G_ema)
+    return path
+
+
+def files(folder):
+    """An unconditional 16 x 16 pickle and a matching dataset, as options of the tools."""
+    return {'network': str(save_pickle(folder / 'source.pkl')), 'data': str(dataset_zip(folder / 'data.zip'))}
 
 
 def dataset_zip(path, num=20, resolution=16, *, channels=3, num_classes=0, seed=0):

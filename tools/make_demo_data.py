@@ -6,6 +6,10 @@ import click
 
 from m2m_stylegan.demo_data import write_fluent_busts, write_noto_busts, write_personas
 
+dest_option = click.option('--dest', metavar='ZIP', required=True, help='Image set to write')
+resolution_option = click.option('--resolution', metavar='INT', type=click.IntRange(min=4), default=64, show_default=True, help='Width and height')
+emoji_option = click.option('--emoji-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked emoji-datasource')
+
 
 @click.group()
 def main():
@@ -13,9 +17,9 @@ def main():
 
 
 @main.command()
-@click.option('--dest', metavar='ZIP', required=True, help='Image set to write')
+@dest_option
 @click.option('--num-images', metavar='INT', type=click.IntRange(min=1), default=10000, show_default=True)
-@click.option('--resolution', metavar='INT', type=click.IntRange(min=4), default=64, show_default=True, help='Width and height')
+@resolution_option
 @click.option('--first-seed', metavar='INT', type=click.IntRange(min=0), default=0, help='For a hold-out')
 def source(**options):
     """Draw DiceBear Personas portraits (art: Draftbit, CC BY 4.0)."""
@@ -23,20 +27,20 @@ def source(**options):
 
 
 @main.command()
-@click.option('--dest', metavar='ZIP', required=True, help='Image set to write')
-@click.option('--resolution', metavar='INT', type=click.IntRange(min=4), default=64, show_default=True, help='Width and height')
+@dest_option
+@resolution_option
 @click.option('--noto-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked @iconify-json/noto')
-@click.option('--emoji-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked emoji-datasource')
+@emoji_option
 def target(**options):
     """Draw Noto emoji portraits (art: Google, Apache-2.0)."""
     click.echo(f'{write_noto_busts(**options)} images')
 
 
 @main.command()
-@click.option('--dest', metavar='ZIP', required=True, help='Image set to write')
-@click.option('--resolution', metavar='INT', type=click.IntRange(min=4), default=64, show_default=True, help='Width and height')
+@dest_option
+@resolution_option
 @click.option('--fluent-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked @lobehub/fluent-emoji-3d')
-@click.option('--emoji-dir', type=click.Path(exists=True, path_type=Path), required=True, help='Unpacked emoji-datasource')
+@emoji_option
 def second_target(**options):
     """Draw Fluent 3D emoji portraits (art: Microsoft, MIT); not bundled."""
     click.echo(f'{write_fluent_busts(**options)} images')
