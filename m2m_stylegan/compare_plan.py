@@ -27,7 +27,7 @@ SWAP = 'swap'
 KNOWN = f'{", ".join(METHODS)}, freezedN (full training with the first N layers of D frozen, e.g. freezed10), {SWAP}'
 # Else transfer refuses them. Training in feature space ('low-res', 'w') has rates and batches of its own.
 ONLY_FOR = {'slice': ('high-res', 'low-res', 'both', 'no-bypass'), 'bank': ('high-res', 'both'), 'd_trains': ('high-res', 'both'), 'split': ('both',)}
-IN_PIXELS = ('gamma', 'pl_weight', 'aug', 'p', 'target', 'augpipe', 'lr', 'batch', 'batch_gpu')
+IN_PIXELS = ('gamma', 'pl_weight', 'train_noise', 'aug', 'p', 'target', 'augpipe', 'lr', 'batch', 'batch_gpu')
 
 
 @dataclasses.dataclass(frozen=True)

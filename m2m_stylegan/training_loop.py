@@ -31,7 +31,7 @@ class LoopOptions:
 
     train: str = 'full'                      # 'full', 'high-res' or 'low-res'
     d_trains: str = 'high-res'               # which part of D is trained in high-res training: 'all' or 'high-res'
-    train_noise: bool = True                 # G's noise strengths, in high-res training; else they stay what they are
+    train_noise: bool = True                 # G's noise strengths, where G is trained on pixels; else they stay what they are
     slice_res: int | None = None             # r; None for 'full'
     freezed: int = 0                         # FreezeD: this many layers of D, from the pixels on, stay as they are
     seed: int = 0
@@ -124,15 +124,14 @@ def seed_step(options: LoopOptions, state: State) -> np.random.RandomState:
 
 def trained_names(state: State, options: LoopOptions) -> dict[str, frozenset[str]]:
     """Official names of the tensors of G and of D that this run may change."""
-    if options.train == 'full':
-        frozen = slicing.freezed_names(state.D, options.freezed)
-        return {'G': slicing.tensor_names(state.G, None, 'all'), 'D': slicing.tensor_names(state.D, None, 'all') - frozen}
+    G_names = slicing.tensor_names(state.G, options.slice_res, 'all' if options.train == 'full' else options.train)
     if options.codes is not None:  # D is not there; the critic of the codes is a network of its own
-        return {'G': slicing.tensor_names(state.G, options.slice_res, 'low-res'), 'D': frozenset()}
-    d_trains = options.d_trains if options.train == 'high-res' else 'low-res'
-    G_names = slicing.tensor_names(state.G, options.slice_res, options.train)
+        return {'G': G_names, 'D': frozenset()}
     if not options.train_noise:
-        G_names = frozenset(name for name in G_names if not name.endswith('noise_strength'))
+        G_names = frozenset(name for name in G_names if not name.endswith('.noise_strength'))
+    if options.train == 'full':
+        return {'G': G_names, 'D': slicing.tensor_names(state.D, None, 'all') - slicing.freezed_names(state.D, options.freezed)}
+    d_trains = options.d_trains if options.train == 'high-res' else 'low-res'
     return {'G': G_names, 'D': slicing.tensor_names(state.D, options.slice_res, d_trains)}
 
 
@@ -225,7 +224,8 @@ def training_loop(
     data = load_checkpoint() if resume else batches_from(state.cur_nimg)
     if state.stage and not resume:
         checkpoint.save(run_dir, live, options.keep_checkpoints)  # That of the stage before does not fit this one, should it have to go back.
-    session_start = tick_start = time.monotonic()
+    session_start, session_nimg = time.monotonic(), state.cur_nimg
+    tick_start = session_start
     maintenance_seconds = tick_start - start_time
     with (contextlib.ExitStack() as stack, StopRequest() as stop,
           Progress(options.total_kimg, options.max_seconds, start_time - state.elapsed_seconds, shown=main) as progress):
@@ -305,7 +305,8 @@ def training_loop(
             tick_start = time.monotonic()
             maintenance_seconds = tick_start - now
         state.elapsed_seconds = limits.elapsed_seconds()
-    echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg in {stats.format_time(time.monotonic() - session_start)}.')
+    echo(f'Stopped: {reason}; {state.cur_nimg / 1000:.1f} kimg, the last {(state.cur_nimg - session_nimg) / 1000:.1f} of them in '
+         f'{stats.format_time(time.monotonic() - session_start)}.')
     return reason
 
 

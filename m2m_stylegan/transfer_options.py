@@ -49,6 +49,7 @@ class TransferOptions:
     augpipe: str | None = None
     freezed: int = 0
     pl_weight: float | None = None
+    train_noise: bool | None = None
     ema_rampup: float | None = None
     tick: float | None = None
     snap: int = 50
@@ -99,7 +100,7 @@ def check_options(options: TransferOptions) -> None:
              f'--{name.replace("_", "-")} belongs to training in feature space: --train=both, or low-res without --no-bypass')
     need(parse_slice(options.slice) is not None or options.slice is None, f'--slice={options.slice}: expected a resolution, or w')
     need(not bypassed(options) or options.aug != 'fixed', '--aug=fixed augments pixels; low-res training in feature space has none')
-    for name in ('target', 'augpipe', 'pl_weight'):
+    for name in ('target', 'augpipe', 'pl_weight', 'train_noise'):
         need(not bypassed(options) or getattr(options, name) is None,
              f'--{name.replace("_", "-")} has no meaning in low-res training in feature space')
     need(options.gamma is None or not bypassed(options) or options.critic != 'wgan-gp', '--gamma in feature space needs --critic=logistic')
@@ -179,18 +180,18 @@ def prepares(options: TransferOptions) -> bool:
 def stages(options: TransferOptions, resolution: int, device: torch.device) -> list[LoopOptions]:
     """What is trained one after the other: one stage, with --train=both two, of which the first ends after --split of the budget.
 
-    What is said about pixels, D and batches belongs to the second one. There noise is not trained: what G cannot repair, since its layout is frozen,
-    it would cover with grain (docs/method.md).
+    What is said about pixels, D and batches belongs to the second one. There noise is not trained unless asked for: what G cannot repair, since its
+    layout is frozen, it would cover with grain (docs/method.md).
     """
     if options.train != 'both':
         return [loop_options(options, resolution, device)]
     split = options.split or SPLIT
     low = dataclasses.replace(
         options, train='low-res', kimg=split * (options.kimg or KIMG), minutes=None if options.minutes is None else split * options.minutes,
-        batch=None, batch_gpu=None, gamma=None, lr=None)
-    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution),
+        batch=None, batch_gpu=None, gamma=None, lr=None, train_noise=None)
+    high = dataclasses.replace(options, train='high-res', slice=slice_of(options, resolution), train_noise=bool(options.train_noise),
                                ema_rampup=BOTH_EMA_RAMPUP if options.ema_rampup is None else options.ema_rampup)
-    return [loop_options(low, resolution, device), dataclasses.replace(loop_options(high, resolution, device), train_noise=False)]
+    return [loop_options(low, resolution, device), loop_options(high, resolution, device)]
 
 
 def loop_options(options: TransferOptions, resolution: int, device: torch.device) -> LoopOptions:
@@ -219,6 +220,7 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
     loss = phases.LossOptions(r1_gamma=gamma, pl_weight=2.0 if options.pl_weight is None else options.pl_weight)
     return LoopOptions(
         train=options.train, d_trains=options.d_trains or 'high-res', freezed=options.freezed,
+        train_noise=options.train_noise is not False,
         slice_res=None if options.train == 'full' else slice_of(options, resolution), seed=options.seed, num_gpus=gpus,
         batch_size=batch, batch_gpu=batch_gpu, total_kimg=options.kimg or KIMG,
         max_seconds=None if options.minutes is None else options.minutes * 60, kimg_per_tick=options.tick or (1 if on_cpu else 4),

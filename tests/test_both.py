@@ -219,8 +219,10 @@ def test_budget_is_divided():
     low, high = stages(TransferOptions(outdir='', train='both', **given), 64, torch.device('cpu'))
     assert low.slice_res == high.slice_res == 8 and low.codes.critic == 'wgan-gp' and high.d_trains == 'all' and low.max_seconds is None
     assert low.ema_rampup == high.ema_rampup == 0.1
+    low, high = stages(TransferOptions(outdir='', train='both', train_noise=True), 64, torch.device('cpu'))
+    assert high.train_noise
     only, = stages(TransferOptions(outdir='', train='high-res'), 64, torch.device('cpu'))
-    assert only.d_trains == 'high-res' and only.slice_res == 8
+    assert only.d_trains == 'high-res' and only.slice_res == 8 and only.train_noise
 
 
 def test_contradictions_are_listed():

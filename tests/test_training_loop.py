@@ -44,6 +44,18 @@ def test_trained_tensors_move_and_frozen_ones_are_bit_identical(tmp_path, datase
 
 
 @pytest.mark.parametrize('mode', ['full', 'high-res', 'low-res'])
+def test_noise_strengths_alone_stay_if_they_are_not_trained(tmp_path, dataset, mode):
+    options = options_for(mode, train_noise=False)
+    torch.manual_seed(0)
+    before = start(dataset, options)[0]
+    after, _ = train(tmp_path / 'run', dataset, options)
+    part = 'all' if mode == 'full' else mode
+    trained = slicing.tensor_names(after.G, options.slice_res, part)
+    moved = {name for name, param in after.G.named_parameters() if not torch.equal(param, before.G.state_dict()[name])}
+    assert moved == {name for name, _ in after.G.named_parameters() if name in trained and not name.endswith('noise_strength')}
+
+
+@pytest.mark.parametrize('mode', ['full', 'high-res', 'low-res'])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset, monkeypatch, mode):
     """Bit for bit: weights, moving averages, optimiser moments, ADA's p, path length mean, feature bank, and the statistics."""
     options = options_for(mode, total_kimg=0.064, snapshot_ticks=2)

@@ -7,8 +7,8 @@ from m2m_stylegan.errors import UserError
 # Options of tools/transfer.py that are passed on, under the same names, to every method that they apply to.
 PASSED_ON = {
     'cond': bool, 'subset': int, 'mirror': bool, 'workers': int, 'slice': int, 'd-trains': str, 'bank': int, 'batch': int, 'batch-gpu': int,
-    'lr': float, 'gamma': float, 'pl-weight': float, 'ema-rampup': float, 'aug': str, 'p': float, 'target': float, 'augpipe': str, 'tick': float,
-    'device': str, 'fp32': bool, 'allow-tf32': bool, 'nobench': bool}
+    'lr': float, 'gamma': float, 'pl-weight': float, 'train-noise': bool, 'ema-rampup': float, 'split': float, 'aug': str, 'p': float,
+    'target': float, 'augpipe': str, 'tick': float, 'device': str, 'fp32': bool, 'allow-tf32': bool, 'nobench': bool}
 
 
 def passed_on(command):

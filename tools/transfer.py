@@ -42,6 +42,8 @@ from m2m_stylegan.errors import UserError
 @click.option('--lr', type=float, metavar='F', help='Learning rate of G and D  [default: 0.0025, from 1024 pixels on 0.002]')
 @click.option('--gamma', type=float, metavar='F', help='R1 weight  [default: by resolution and batch]')
 @click.option('--pl-weight', type=float, metavar='F', help='Path length weight  [default: 2]')
+@click.option('--train-noise', type=bool, metavar='BOOL', help="Train G's noise strengths; false if results are covered with grain  [default: true, "
+              'with both false]')
 @click.option('--ema-rampup', type=float, metavar='F', help='Half-life of the moving average, as a fraction of the run so far; 0: full from the '
               'start  [default: 0.05; both 0.3 at the end; fine-tuning with --train=full 0]')
 @click.option('--seed', type=int, metavar='N', default=0, help='Random seed')
