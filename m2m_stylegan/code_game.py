@@ -64,11 +64,15 @@ class Critic(torch.nn.Module):
             buffer.lerp_(value, 1 / REAL_MEMORY)
 
     def moment_distance(self, normalized: torch.Tensor) -> torch.Tensor:
-        """|difference of means|^2 + |difference of covariances|_F of generated w [N, w_dim] and the reals seen so far, differentiable: scalar."""
+        """|difference of means|^2 + |difference of covariances|_F of generated w [N, w_dim] and the reals seen so far, differentiable: scalar.
+
+        Zero as long as none has been seen; asking whether would wait for the device.
+        """
         weight = self.real_weight.clamp_min(1e-8)
         mean, square = self.real_mean / weight, self.real_square / weight
         cov = torch.cov(normalized.T, correction=0)
-        return (normalized.mean(dim=0) - mean).square().sum() + (cov - square + mean.outer(mean)).norm()
+        distance = (normalized.mean(dim=0) - mean).square().sum() + (cov - square + mean.outer(mean)).norm()
+        return distance * (self.real_weight > 0)
 
     def normalize(self, w: torch.Tensor) -> torch.Tensor:
         """w in the units in which the gradient penalties are taken."""
@@ -112,7 +116,7 @@ class CodeGame:
         self._report_scores(score, 'fake')
         self.report('Loss/G/loss', loss.detach())
         total = loss.mean()
-        if options.moment_weight and critic.real_weight > 0:
+        if options.moment_weight:
             c = c.repeat([-(-options.moment_items // len(c)), 1])
             z = torch.randn([len(c), self.G.z_dim], device=c.device)
             distance = critic.moment_distance(critic.normalize(self.G.mapping(z, c, skip_w_avg_update=True)[:, 0]))

@@ -1,6 +1,7 @@
 """The options of ours that the host's train.py gains, and the hand-over to our training loop."""
 
 import dataclasses
+import sys
 import types
 import typing
 
@@ -11,8 +12,8 @@ from m2m_stylegan.errors import UserError
 from m2m_stylegan.transfer_options import TransferOptions
 
 PREFIX = 'm2m_'
-SAME_NAME = ('outdir', 'data', 'cond', 'subset', 'mirror', 'gamma', 'kimg', 'batch', 'batch_gpu', 'aug', 'p', 'target', 'augpipe', 'freezed', 'tick',
-             'snap', 'metrics', 'seed', 'workers', 'nhwc', 'allow_tf32', 'nobench', 'fp32', 'dry_run', 'cbase', 'cmax', 'map_depth')
+SAME_NAME = ('outdir', 'data', 'gpus', 'cond', 'subset', 'mirror', 'gamma', 'kimg', 'batch', 'batch_gpu', 'aug', 'p', 'target', 'augpipe', 'freezed',
+             'tick', 'snap', 'metrics', 'seed', 'workers', 'nhwc', 'allow_tf32', 'nobench', 'fp32', 'dry_run', 'cbase', 'cmax', 'map_depth')
 OTHER_NAME = {'resume': 'network', 'glr': 'lr'}
 CONFIGS = {None, 'auto', 'stylegan2'}  # stylegan3's --cfg=stylegan2 says which networks; its numbers are all given by other options
 
@@ -41,7 +42,7 @@ def extend(command: click.Command) -> click.Command:
         context = click.get_current_context()
         given = {name: value for name, value in options.items() if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
         try:
-            return transfer.run(transfer_options(given, ours), click.echo)
+            return transfer.run(transfer_options(given, ours), click.echo, [sys.executable, *sys.orig_argv[1:]])
         except UserError as err:
             raise UserError(f'{err}\n(Here the options of tools/transfer.py that are not official ones begin with --m2m-.)') from err
     command.callback = callback
@@ -51,15 +52,13 @@ def extend(command: click.Command) -> click.Command:
 def transfer_options(given: dict, ours: dict) -> TransferOptions:
     """`given`: what the command line says by the host's own options; `ours`: by --m2m-*. Raises UserError that lists what does not go together."""
     problems = []
-    if given.get('gpus', 1) not in (None, 1):
-        problems.append(f'--gpus={given["gpus"]}: our loop runs on one GPU')
     if given.get('cfg') not in CONFIGS:
         problems.append(f'--cfg={given["cfg"]}: our loop has the configuration auto; leave --cfg out, and give --batch, --gamma and --m2m-lr')
     if given.get('dlr', given.get('glr')) != given.get('glr'):
         problems.append('--dlr: our loop has one learning rate for G and D, --glr')
     if given.get('resume') in (None, 'noresume') and ours.get('train') != 'full' and 'resume' not in ours:
         problems.append('--resume=PKL is missing: what is trained is a part of a network')
-    unknown = given.keys() - {*SAME_NAME, *OTHER_NAME, 'gpus', 'cfg', 'dlr'}
+    unknown = given.keys() - {*SAME_NAME, *OTHER_NAME, 'cfg', 'dlr'}
     problems += [f'--{name.replace("_", "-")} has no counterpart in our loop' for name in sorted(unknown)]
     if problems:
         raise UserError('These options cannot be handed over to --m2m-train:\n' + '\n'.join(f'  * {problem}' for problem in problems))

@@ -179,9 +179,10 @@ def run_phase(phase: Phase, latents: Batch, real: Batch, batch_gpu: int) -> None
 @torch.no_grad()
 def update_ema(G_ema: torch.nn.Module, G: torch.nn.Module, beta: float, names: frozenset[str]) -> None:
     """G_ema's parameters <- lerp(G, G_ema, beta), its buffers (w_avg, noise_const) <- G's; only tensors in `names` are touched."""
-    for (name, p_ema), p in zip(G_ema.named_parameters(), G.parameters(), strict=True):
-        if name in names:
-            p_ema.copy_(p.lerp(p_ema, beta))
+    pairs = [(p_ema, p) for (name, p_ema), p in zip(G_ema.named_parameters(), G.parameters(), strict=True) if name in names]
+    if pairs:
+        averages, params = map(list, zip(*pairs, strict=True))
+        torch._foreach_copy_(averages, torch._foreach_lerp(params, averages, beta))  # two launches on a GPU, not two for each tensor
     for (name, b_ema), b in zip(G_ema.named_buffers(), G.buffers(), strict=True):
         if name in names:
             b_ema.copy_(b)

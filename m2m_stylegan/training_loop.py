@@ -91,7 +91,7 @@ def batches(dataset: ImageDataset, options: LoopOptions, start_idx: int, device:
         worker_init_fn=faults.ignore_signals,
         generator=torch.Generator())  # Else it takes a seed from the global RNG, in the first step only: a resumed run would differ.
     for img, c in loader:
-        yield {'img': from_uint8(img.to(device)), 'c': c.to(device)}
+        yield {'img': from_uint8(img.to(device, non_blocking=True)), 'c': c.to(device, non_blocking=True)}
 
 
 def code_batches(prepared, dataset: ImageDataset, options: LoopOptions, start_idx: int, device: torch.device) -> Iterator[phases.Batch]:
@@ -102,13 +102,14 @@ def code_batches(prepared, dataset: ImageDataset, options: LoopOptions, start_id
     indices = iter(InfiniteSampler(len(dataset), seed=options.seed, start_idx=start_idx, rank=distributed.rank(), num_replicas=options.num_gpus))
     while True:
         index = torch.tensor(list(itertools.islice(indices, options.batch_rank)))
-        yield {**{name: value.to(device).float() for name, value in codes.gather(index).items()}, 'c': labels[index.to(device)],
-               'index': index.to(device)}
+        there = index.to(device, non_blocking=True)
+        found = codes.gather(there if small else index)
+        yield {**{name: value.to(device, non_blocking=True).float() for name, value in found.items()}, 'c': labels[there], 'index': there}
 
 
 def random_labels(dataset: ImageDataset, rnd: np.random.RandomState, num: int, device: torch.device) -> torch.Tensor:
     """Labels [num, label_dim] of uniformly random items of the dataset."""
-    return torch.from_numpy(dataset.get_labels(rnd.randint(len(dataset)) for _ in range(num))).to(device)
+    return torch.from_numpy(dataset.get_labels(rnd.randint(len(dataset)) for _ in range(num))).to(device, non_blocking=True)
 
 
 def seed_step(options: LoopOptions, state: State) -> np.random.RandomState:
@@ -235,7 +236,7 @@ def training_loop(
 
         reason = limits.check(state.cur_nimg)[0] if resume else None  # A new run makes at least one step, so that there is something to save.
         while reason is None:
-            # Data.
+            # Data. Copies to a GPU do not wait for what it still has to do; their sources are not written to again.
             rnd = seed_step(options, state)
             real = next(data)
             live.in_step = True

@@ -167,14 +167,15 @@ def test_train(folder, tmp_path, gpus):
     assert not same_tensors(found.G, snapshots.load(folder / 'net.pkl').G)
 
 
-def test_hand_over(folder, tmp_path):
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_hand_over(folder, tmp_path, gpus):
     words = ['train.py', f'--outdir={tmp_path}/runs', f'--data={folder}/data.zip', f'--resume={folder}/net.pkl', '--batch=4', '--snap=1',
              '--aug=noaug', '--m2m-train=high-res', '--m2m-slice=8', '--m2m-bank=256', '--m2m-tick=0.008',
-             '--m2m-device=cpu', f'--m2m-cache-dir={tmp_path}/cache']
+             '--m2m-device=cpu', f'--m2m-cache-dir={tmp_path}/cache', f'--gpus={gpus}']
     succeed(hosted(folder, *words, '--kimg=1', '--m2m-minutes=0.02'))
     run, = (tmp_path / 'runs').iterdir()
     options = json.loads((run / 'training_options.json').read_text())
-    assert (options['m2m']['slice'], options['batch_size'], options['total_kimg']) == (8, 4, 1)
+    assert (options['m2m']['slice'], options['batch_size'], options['total_kimg'], options['num_gpus']) == (8, 4, 1, gpus)
     result = snapshots.load(max(run.glob('network-snapshot-*.pkl')))
     before = snapshots.load(folder / 'net.pkl').G
     same = [name for name, tensor in result.G.state_dict().items() if torch.equal(tensor, before.state_dict()[name])]
@@ -182,10 +183,10 @@ def test_hand_over(folder, tmp_path):
 
 
 def test_hand_over_lists_what_does_not_fit():
-    given = {'outdir': 'runs', 'data': 'x', 'gpus': 2, 'cfg': 'paper256', 'desc': 'y', 'glr': 0.1, 'dlr': 0.2}
+    given = {'outdir': 'runs', 'data': 'x', 'cfg': 'paper256', 'desc': 'y', 'glr': 0.1, 'dlr': 0.2}
     with pytest.raises(UserError) as caught:
         host_train.transfer_options(given, {'slice': 8})
-    assert all(text in str(caught.value) for text in ('--gpus=2', '--cfg=paper256', '--desc has no counterpart', '--dlr', '--resume=PKL is missing'))
+    assert all(text in str(caught.value) for text in ('--cfg=paper256', '--desc has no counterpart', '--dlr', '--resume=PKL is missing'))
 
 
 def test_hand_over_translates():
@@ -201,7 +202,7 @@ def test_train_gains_our_options(monkeypatch, args, expected):
     calls = []
     options = [click.Option(['--outdir']), click.Option(['--kimg'], type=int, default=25), click.Option(['--resume'], default='net.pkl')]
     command = host_train.extend(click.Command('train', params=options, callback=lambda **options: calls.append(options)))
-    monkeypatch.setattr(host_train.transfer, 'run', lambda options, echo: calls.append(options))
+    monkeypatch.setattr(host_train.transfer, 'run', lambda options, echo, command: calls.append(options))
     result = CliRunner().invoke(command, [*args, *([] if expected else ['--resume=x.pkl'])])
     assert result.exit_code == 0, result.output
     assert calls == ([{**expected, 'resume': 'net.pkl'}] if expected else [TransferOptions(outdir='r', network='x.pkl', slice='8')])
