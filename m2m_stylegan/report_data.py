@@ -200,7 +200,7 @@ def _ranking(comparison: Comparison, metric: str) -> list[str]:
     if SOURCE in found:
         start = found[SOURCE][0].median
         worse = [method for method in order if not reaches(last[method], start, metric)]
-        text += f' The source had {number(start)}' + (f'; {" and ".join(worse)} ended worse than that.' if worse else '.')
+        text += f' The source had {number(start)}' + (f'; {", ".join(worse)} ended worse than that.' if worse else '.')
     return [text + (_lead(order, last) if len(order) > 1 else '')]
 
 

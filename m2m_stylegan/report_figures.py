@@ -43,9 +43,12 @@ def chart(curves: dict[str, list[Point]], x_of: Callable[[Point], float | None],
                 xs += [x_of(point) for point in own]
                 ys += [value for point in own for value in (point.low, point.high)]
                 _line(axes, [*start, *own], x_of, f'#f000{i % NUM_COLORS:02x}', method, i)
-        if floor is not None:
+        if floor is not None and floor * STRETCH < min(ys, default=floor):  # A line so far below would squeeze the curves into one.
+            axes.plot([], [], ' ', label=f'real vs. real: {floor:.3g}, below')
+        elif floor is not None:
             axes.axhline(floor, color=INK, linewidth=1, linestyle=(0, (1, 2)), label='real vs. real')
-        _scales(axes, xs, ys + ([] if floor is None else [floor]))
+            ys.append(floor)
+        _scales(axes, xs, ys)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(True)

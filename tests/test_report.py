@@ -114,6 +114,11 @@ def test_the_page_is_complete_and_needs_nothing_else(tmp_path):
     assert '#f000' not in text and 'var(--series-1)' in text and 'currentColor' in text
 
 
+def test_a_floor_far_below_does_not_squeeze_the_curves(tmp_path):
+    near, far = (page(write(tmp_path / name, about={'floor': {'fd_effnetlite0': floor}})) for name, floor in [('near', 5.0), ('far', 0.01)])
+    assert 'real vs. real: 0.01, below' in Tags(far).text and 'real vs. real: ' not in Tags(near).text
+
+
 def test_names_are_escaped(tmp_path):
     text = page(write(tmp_path / 'x', about={'commands': ['</pre><script>alert(1)</script>'], 'network': '/a/"><img src=x onerror=alert(1)>.pkl'}))
     parsed = Tags(text)
