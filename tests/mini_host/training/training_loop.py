@@ -44,7 +44,8 @@ def training_loop(run_dir, images, batch, steps, resume, rank):
         end.synchronize()
         assert start.elapsed_time(end) > 0
     torch.cuda.reset_peak_memory_stats()
-    print(f'{steps} steps, {psutil.Process(os.getpid()).memory_info().rss >> 20} MiB, rank {rank}', flush=True)
+    line = f'{steps} steps, {psutil.Process(os.getpid()).memory_info().rss >> 20} MiB, rank {rank}\n'
+    os.write(1, line.encode())  # in one piece: the processes share standard output
     if rank == 0:
         nets = {name: net.eval().requires_grad_(False).cpu() for name, net in [('G', G), ('D', D), ('G_ema', G_ema)]}
         with open(os.path.join(run_dir, 'network-snapshot-000000.pkl'), 'wb') as f:
