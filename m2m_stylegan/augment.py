@@ -109,6 +109,12 @@ class AugmentPipe(torch.nn.Module):
         self.register_buffer('Hz_geom', setup_filter(SYM6))
         self.register_buffer('Hz_fbank', torch.tensor(filter_bank(SYM2), dtype=torch.float32))
 
+    def _apply(self, fn, recurse=True):
+        p = self.p
+        super()._apply(fn, recurse)
+        self.p = p  # stays on the CPU, where it is needed: asking a GPU for it would wait for all that it still has to do
+        return self
+
     def forward(self, images, debug_percentile=None):
         """Augment a batch: [N, C, H, W] float32 or float64, nominal range [-1, 1] => the same shape, dtype and device.
 
@@ -118,7 +124,7 @@ class AugmentPipe(torch.nn.Module):
         which changes the others by rounding alone (4e-6 in float32, 2e-7 in float64 with float32 taps; measured at 32 x 32):
         an orthogonal wavelet filter reconstructs perfectly.
         The draws and the small matrices are made on the CPU, also for images on a GPU: that saves some two hundred tiny kernels,
-        and the padding is known without waiting for the device. One wait remains, for the value of p.
+        and nothing, the padding among it, has to wait for the device: p stays on the CPU, too.
         Raises ValueError for a wrong shape or dtype.
         """
         self._check(images)

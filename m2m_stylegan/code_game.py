@@ -70,8 +70,10 @@ class Critic(torch.nn.Module):
         """
         weight = self.real_weight.clamp_min(1e-8)
         mean, square = self.real_mean / weight, self.real_square / weight
-        cov = torch.cov(normalized.T, correction=0)
-        distance = (normalized.mean(dim=0) - mean).square().sum() + (cov - square + mean.outer(mean)).norm()
+        fake_mean = normalized.mean(dim=0)
+        centred = normalized - fake_mean
+        cov = centred.T @ centred / len(normalized)  # torch.cov would wait for the device, to look at weights that there are not
+        distance = (fake_mean - mean).square().sum() + (cov - square + mean.outer(mean)).norm()
         return distance * (self.real_weight > 0)
 
     def normalize(self, w: torch.Tensor) -> torch.Tensor:

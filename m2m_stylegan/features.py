@@ -199,7 +199,7 @@ class ResidentFeatures(_Features):
         if found != self.specs:
             raise ValueError(f'expected new items {self.specs}, found {found}')
         for name, x in tensors.items():
-            self.tensors[name].index_copy_(0, indices.to(self.device), x.detach().to(self.device))
+            self.tensors[name].index_copy_(0, indices.to(self.device, non_blocking=True), x.detach().to(self.device, non_blocking=True))
 
 
 def _plan(cache_dir, fingerprint, num_items, make_batch, batch_size, shard_items) -> Layout:

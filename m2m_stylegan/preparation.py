@@ -72,7 +72,7 @@ def prepare(
     G, D = (net.to(device).eval().requires_grad_(False) for net in (snapshot.G_ema, snapshot.D))
 
     def labels(num: int) -> torch.Tensor:
-        return torch.from_numpy(dataset.get_labels(torch.randint(len(dataset), [num]).tolist())).to(device)
+        return torch.from_numpy(dataset.get_labels(torch.randint(len(dataset), [num]).tolist())).to(device, non_blocking=True)
 
     slice_name = slicing.slice_name(res)
     base = {'kind': 'encoder 4', 'network_sha256': snapshot.sha256, 'slice': slice_name, 'kimg': source_kimg, 'seconds': max_seconds, 'seed': seed,
@@ -125,7 +125,7 @@ def digest_of_module(module: torch.nn.Module, names: frozenset[str] | None = Non
 
 def images_of(dataset: ImageDataset, index: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Images [N, C, R, R] float32 in [-1, 1] by number."""
-    return from_uint8(torch.stack([torch.as_tensor(dataset[int(i)][0]) for i in index]).to(device))
+    return from_uint8(torch.stack([torch.as_tensor(dataset[int(i)][0]) for i in index]).to(device, non_blocking=True))
 
 
 def _fit(encoder: Encoder, path: Path, fingerprint: dict, loss_of: Callable[[int], torch.Tensor], num_steps: int, max_seconds: float | None,
