@@ -4,6 +4,7 @@ Tensors on GPUs are exchanged by NCCL, all else by gloo. A process that is alone
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from m2m_stylegan.errors import UserError
 
 T = TypeVar('T')
+_LAUNCHER = 'M2M_LAUNCHER_PID'
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 PEERS_LOST = 75  # exit status of a process that ended because another one did; the message of that one is the cause
 
 
@@ -54,6 +57,7 @@ def session() -> Iterator[None]:
     if not launched():
         yield
         return
+    _end_with_launcher()
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
     try:
         yield
@@ -67,6 +71,17 @@ def session() -> Iterator[None]:
         get_error_handler().record_exception(err)
         sys.exit(1)
     dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """If torchrun or `launch` is killed, this process is, too (on Linux).
+
+    They start their processes in sessions of their own, which no signal to a process group reaches: after a `kill -9` these would train on unseen.
+    """
+    if sys.platform == 'linux' and 'TORCHELASTIC_RUN_ID' in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):  # It has died before it could be seen to.
+            sys.exit(PEERS_LOST)
 
 
 @contextlib.contextmanager
@@ -146,6 +161,7 @@ def launch(num_processes: int, command: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # what went wrong is said once, below
+    os.environ[_LAUNCHER] = str(os.getpid())
     os.environ.setdefault('OMP_NUM_THREADS', str(max((os.cpu_count() or 1) // num_processes, 1)))
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id='m2m', rdzv_backend='c10d', rdzv_endpoint='localhost:0',
                           local_addr='localhost', max_restarts=0, monitor_interval=0.1)

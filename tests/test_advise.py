@@ -198,14 +198,14 @@ def row(name, fd, seconds, psnr=20.0):
 
 
 @pytest.mark.parametrize('rows, source_fd, expected, text', [
-    ([row('w', 30, 0.01), row('8', 20, 0.1), row('16', 10, 0.3)], 100, ('both', '8'), 'floor of 20.0 is clearly below the 100.0'),  # 16: 3.3 x
+    ([row('w', 30, 0.01), row('8', 20, 0.1), row('16', 10, 0.14)], 100, ('both', '8'), 'floor of 20.0 is clearly below the 100.0'),  # 16: 7.1 x
     ([row('w', 20, 0.01), row('8', 30, 0.1)], 100, ('low-res', 'w'), '100 times cheaper'),  # the lowest floor, not the largest slice
-    ([row('8', 80, 0.25)], 100, ('both', '8'), '4 times cheaper'),  # both limits are included
-    ([row('w', 90, 0.01), row('8', 10, 0.5)], 100, ('full', None), 'at slice 8, a step is 2.0 times cheaper'),
-    ([row('w', 90, 0.01), row('8', 81, 0.1)], 100, ('full', None), '81.0 at slice 8, is not clearly below'),
-    ([row('w', 60, 0.01), row('8', 51, 0.1)], 59, ('high-res', None), 'near to the images already'),
+    ([row('8', 90, 0.125)], 100, ('both', '8'), '8 times cheaper'),  # both limits are included
+    ([row('w', 91, 0.01), row('8', 10, 0.5)], 100, ('full', None), 'at slice 8, a step is 2.0 times cheaper'),
+    ([row('w', 95, 0.01), row('8', 91, 0.1)], 100, ('full', None), '91.0 at slice 8, is not clearly below'),
+    ([row('w', 60, 0.01), row('8', 54, 0.1)], 59, ('high-res', None), 'near to the images already'),
     ([row('w', None, 0.01, 9.0), row('8', None, 0.1, 12.0), row('16', None, 0.3, 20.0)], None, ('both', '8'), '12.0 dB'),
-    ([row('16', None, 0.3)], None, ('full', None), 'No low-res step is 4 times cheaper'),
+    ([row('16', None, 0.3)], None, ('full', None), 'No low-res step is 8 times cheaper'),
 ])
 def test_recommendation(rows, source_fd, expected, text):
     train, at, reason = advise.recommend(rows, Cost(1.0, 1e9, 10 ** 6), source_fd, None if source_fd is None else 20)

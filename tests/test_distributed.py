@@ -1,5 +1,6 @@
 """Several processes: the same gradients as one, the same run after a kill, one message for one failure."""
 
+import contextlib
 import json
 import os
 import signal
@@ -155,6 +156,33 @@ def test_gpus_2_from_the_command_line(tmp_path, data):
     assert '-auto2-' in directory.name and '"num_gpus": 2' in (directory / 'training_options.json').read_text()
     content = checkpoint.read(directory / checkpoint.FILE_NAME)
     assert int(content['counters']['cur_nimg']) % 8 == 0 and len(content['ranks']) == 2
+
+
+def commands_naming(path) -> list[str]:
+    """Command lines of all running processes that name this path."""
+    found = []
+    for file in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):  # It has just ended.
+            found.append(file.read_bytes().decode(errors='replace'))
+    return [line for line in found if str(path) in line]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs prctl and /proc')
+@pytest.mark.parametrize('moment', ['training', 'starting'])
+def test_kill_9_of_the_launcher_ends_all_processes(tmp_path, data, moment):
+    """torchrun's launcher starts them in sessions of their own, where nothing that happens to it reaches them."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    process = subprocess.Popen(command(tmp_path, data, '--kimg=1000'), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(commands_naming(tmp_path)) < 3 or (moment == 'training' and not list(tmp_path.glob(f'runs/*/{checkpoint.FILE_NAME}'))):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while commands_naming(tmp_path):
+        assert time.monotonic() < deadline, commands_naming(tmp_path)
+        time.sleep(0.05)
+    assert moment == 'training' or not (tmp_path / 'runs').exists()
 
 
 @pytest.fixture
