@@ -4,29 +4,16 @@
 """
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
 
-from m2m_stylegan import autoencoder, bank, features, ops, preparation, transfer
+from m2m_stylegan import autoencoder, bank, features, ops, preparation, step_costs, transfer
+from m2m_stylegan.ops.selfcheck import seconds
 from m2m_stylegan.transfer_options import TransferOptions
 
 NUM = 16  # images per batch of training
-
-
-def seconds(task: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Best of some calls."""
-    best = float('inf')
-    for _ in range(repeats):
-        start = time.perf_counter()
-        task()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 @click.command(context_settings={'show_default': True})
@@ -49,29 +36,27 @@ def main(network, data, res):
         click.echo(f'{what:<58}{rate:>12,.0f} {note}')
 
     click.echo(f'torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; {job.network_path.name}, slice {res}; items per second')
-    forward = batch / seconds(lambda: encoder(*autoencoder.inputs_of(D, images, res)), device)
+    forward = batch / seconds(lambda: encoder(*autoencoder.inputs_of(D, images, res)))
     line('images through D\'s high-res part and the encoder', forward)
     with tempfile.TemporaryDirectory() as folder:
         def encode() -> features.FeatureCache:
             return preparation.encode(encoder, D, dataset, res, device, Path(tempfile.mkdtemp(dir=folder)), {'kind': 'benchmark'})
 
-        rate = len(dataset) / seconds(encode, device)
+        rate = len(dataset) / seconds(encode)
         line('images encoded into the cache: read, written, checksummed', rate, f'{rate / forward:.2f} of the line above')
         codes = encode()
         index = torch.randint(len(codes), [NUM])
-        line('codes gathered from disk', NUM / seconds(lambda: codes.gather(index), device))
+        line('codes gathered from disk', NUM / seconds(lambda: codes.gather(index)))
         resident, there = codes.resident(device), index.to(device)
-        line('codes gathered from memory', NUM / seconds(lambda: resident.gather(there), device))
+        line('codes gathered from memory', NUM / seconds(lambda: resident.gather(there)))
 
     def labels(chunk: int, num: int) -> torch.Tensor:
         return torch.zeros([num, G.c_dim], device=device)
 
-    chunk = bank.make_chunk(G, res, labels, 0, 0, 0.9, torch.float16)
-    specs = {name: features.TensorSpec(tuple(x.shape[1:]), x.dtype) for name, x in chunk.items()}
-    the_bank = bank.Bank(features.ResidentFeatures(specs, bank.CHUNK_ITEMS, device, chunk), None)
-    computed = bank.CHUNK_ITEMS / seconds(lambda: bank.make_chunk(G, res, labels, 0, 0, 0.9, torch.float16), device)
+    the_bank, _ = step_costs.small_bank(G, res, job.loop, labels)
+    computed = bank.CHUNK_ITEMS / seconds(lambda: the_bank.make(0))
     line('latents through G\'s low-res part', computed)
-    rate = NUM / seconds(lambda: the_bank.sample(NUM), device)
+    rate = NUM / seconds(lambda: the_bank.sample(NUM))
     line('latents drawn from the bank', rate, f'{rate / computed:.0f} times the line above')
 
 

@@ -3,7 +3,7 @@
 import click
 import torch
 
-from m2m_stylegan import detectors, snapshots
+from m2m_stylegan import detectors, feature_stats, snapshots
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.image_sources import dataset_images, generated_images
 from m2m_stylegan.images import save_image_grid
@@ -31,7 +31,7 @@ def main(networks, data, num, seed, dest):
     detector, dataset = detectors.load(detectors.OFFLINE, device=device), ImageDataset(data or DEMO_DATA)
 
     def features(images, count: int) -> torch.Tensor:
-        return torch.cat([detector.features(images(start, min(start + 64, count)).to(device)) for start in range(0, count, 64)])
+        return feature_stats.collect('images', count, lambda start, stop: detector.features(images(start, stop).to(device)), keep=True).features
 
     images = dataset_images(dataset)
     real = features(images, len(dataset))

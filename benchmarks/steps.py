@@ -8,9 +8,9 @@ import time
 import click
 import torch
 
-from m2m_stylegan import autoencoder, bank, code_game, networks, ops, phases, preparation, slicing
-from m2m_stylegan.features import ResidentFeatures, TensorSpec
+from m2m_stylegan import autoencoder, code_game, networks, ops, phases, preparation, slicing, step_costs
 from m2m_stylegan.ops import build
+from m2m_stylegan.training_loop import LoopOptions
 from m2m_stylegan.transfer_options import CODE_BATCH
 
 
@@ -84,9 +84,7 @@ def main(resolution, cbase, cmax, dim, batch, repeats, ops_only, low_res_only):
         build._READY[device.type] = True
         click.echo(f'{"full, plain ops":<20}{plain * 1000:>10.1f}{full / plain:>13.2f}')
     for res in [] if ops_only or low_res_only else slicing.slice_resolutions(resolution)[:-1]:
-        chunk = bank.make_chunk(G, res, lambda chunk, num: torch.zeros([num, 0], device=device), 0, 0, 0.9, torch.float16)
-        specs = {key: TensorSpec(tuple(value.shape[1:]), value.dtype) for key, value in chunk.items()}
-        the_bank = bank.Bank(ResidentFeatures(specs, bank.CHUNK_ITEMS, device, chunk), None)
+        the_bank, _ = step_costs.small_bank(G, res, LoopOptions(), lambda chunk, num: torch.zeros([num, 0], device=device))
         for d_trains in ('all', 'high-res'):
             params = {key: [p for name, p in net.named_parameters() if name in slicing.tensor_names(net, res, part)]
                       for key, net, part in [('G', G, 'high-res'), ('D', D, d_trains)]}

@@ -62,7 +62,7 @@ class AugmentPipe(torch.nn.Module):
     Strengths: xint_max, xfrac_std in image sizes; scale_std, aniso_std, contrast_std, saturation_std, imgfilter_std in octaves;
     rotate_max, hue_max in half turns; brightness_std, noise_std in image values; cutout_size in image sizes; imgfilter_bands
     multiplies the probability of each of the four frequency bands, low to high.
-    Buffers: p [] in [0, inf), the strength that the ADA controller sets; Hz_geom [12] and Hz_fbank [4, 43], FIR filters.
+    Buffers: p [] in [0, inf), the strength that the ADA controller sets, always on the CPU; Hz_geom [12] and Hz_fbank [4, 43], FIR filters.
     """
 
     def __init__(

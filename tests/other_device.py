@@ -4,11 +4,9 @@ Tensors of the device `other` are computed on the CPU, but as on a GPU they do n
 for the device is counted: asking for a value, and copies without non_blocking. Kernels, streams and memory are not imitated.
 """
 
-import functools
 import importlib
 import json
 import os
-import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -130,8 +128,8 @@ def prepare() -> None:
     transfer.snapshot_grid = lambda dataset: ((2, 2), [0, 1, 2, 3])  # not the 1024 pictures of a GPU
 
 
-def steps_without_waiting(main, arguments: list[str], mode: OtherDevice) -> dict[str, float]:
-    """Train; returns the waits per step between the second step and the last but one, by source line."""
+def waits_per_step(main, arguments: list[str], mode: OtherDevice) -> dict[str, float]:
+    """Train; returns the waits per step, by source line, without the first two steps of a stage and the last two."""
     from m2m_stylegan import training_loop
 
     seen, seed_step = [], training_loop.seed_step
@@ -145,11 +143,9 @@ def steps_without_waiting(main, arguments: list[str], mode: OtherDevice) -> dict
         run(main, arguments)
     finally:
         training_loop.seed_step = seed_step
-    found = Counter()
-    for stage in {stage for stage, _ in seen}:
-        counts = [waits for number, waits in seen if number == stage]
-        found += counts[-2] - counts[2]
-    return {line: number / (len(seen) - 4) for line, number in found.items()}
+    stages = [[waits for number, waits in seen if number == stage] for stage in sorted({stage for stage, _ in seen})]
+    found = sum((counts[-2] - counts[2] for counts in stages), Counter())
+    return {line: number / sum(len(counts) - 4 for counts in stages) for line, number in found.items()}
 
 
 def run(main, arguments: list[str]) -> None:
@@ -216,14 +212,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (tool, *arguments) in cases(Path(folder)).items():
             command, mode, result = importlib.import_module(f'tools.{tool}').main, OtherDevice(), {'name': name, 'error': None, 'waits': {}}
-            start = steps_without_waiting if tool == 'transfer' and 'resumed' not in name else run
             try:
                 with mode:
-                    result['waits'] = (functools.partial(start, mode=mode) if start is steps_without_waiting else start)(command, arguments) or {}
+                    if tool == 'transfer' and 'resumed' not in name:
+                        result['waits'] = waits_per_step(command, arguments, mode)
+                    else:
+                        run(command, arguments)
             except Exception:
                 result['error'] = traceback.format_exc()
-            print('\n' + json.dumps(result))
-            sys.stdout.flush()
+            print('\n' + json.dumps(result), flush=True)
 
 
 if __name__ == '__main__':
