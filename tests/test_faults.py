@@ -1,6 +1,7 @@
 """What the loop does when the machine, the data or the training itself fails; each fault is made here."""
 
 import errno
+import json
 import math
 import os
 import signal
@@ -197,7 +198,11 @@ def test_loader_processes_outlive_the_signal_to_the_group():
 def test_a_clock_that_is_set_changes_no_budget(tmp_path, dataset, monkeypatch, step_s):
     now = time.time()
     monkeypatch.setattr(time, 'time', lambda jumps=[]: jumps.append(0) or now + len(jumps) * step_s)
-    state, reason = train(tmp_path / 'run', dataset, options_for('full', total_kimg=1000, max_seconds=0.6, snapshot_seconds=0.2))
+    options = options_for('full', total_kimg=1000, max_seconds=0.6, snapshot_seconds=0.2, snapshot_ticks=10 ** 6)
+    state, reason = train(tmp_path / 'run', dataset, options)
     assert reason == 'time budget of 1s used'
     assert 0.6 <= state.elapsed_seconds < 10
-    assert 2 <= len((tmp_path / 'run' / 'snapshots.jsonl').read_text().splitlines()) <= 5
+    snapshots = [json.loads(line) for line in (tmp_path / 'run' / 'snapshots.jsonl').read_text().splitlines()]
+    periods = [int(entry['elapsed_s'] / 0.2) for entry in snapshots[1:-1]]  # each of these was due because a period of the run's own time had ended
+    assert snapshots[0]['cur_nimg'] == 4 and snapshots[-1]['cur_nimg'] == state.cur_nimg
+    assert len(set(periods)) == len(periods) and all(period >= 1 for period in periods)
