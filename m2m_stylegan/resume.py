@@ -15,6 +15,15 @@ def made_from(job) -> dict[str, str | None]:
     return {'network_sha256': None if job.snapshot is None else job.snapshot.sha256, 'data_fingerprint': job.dataset.fingerprint}
 
 
+def with_outdir(options: TransferOptions) -> TransferOptions:
+    """The options with --outdir, which a run directory to resume stands in already. Raises UserError without either."""
+    if options.outdir is not None:
+        return options
+    if options.resume is None or not Path(options.resume).is_dir():
+        raise UserError('--outdir=DIR is missing: run directories are made in there. Only --resume=RUN_DIR goes without.')
+    return dataclasses.replace(options, outdir=str(Path(options.resume).resolve().parent))
+
+
 def find_run(options: TransferOptions) -> Path | None:
     """The run directory that --resume means, or None if it means a pickle or is absent."""
     runs = sorted(path for path in Path(options.outdir).glob('*') if checkpoint.files(path))

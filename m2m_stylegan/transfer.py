@@ -44,6 +44,7 @@ from m2m_stylegan.transfer_options import TransferOptions, check_options, choose
 DEMO_DATA = Path(__file__).parent / 'assets' / 'demo-target-64.zip'
 BANK_BYTES, BANK_ITEMS = 1 << 30, 4096  # Default size of the feature bank: what fits the first, at most the second.
 PANEL_PIXELS = 256  # Larger images are averaged down to this in before-after.png, which shows 48 of them.
+PIXEL_OPTIONS = {'d_trains', 'G_lr', 'D_lr', 'loss', 'freezed'}  # of LoopOptions: of no use in feature space
 CPU_GRID = (8, 8)  # The official grid of up to 32 x 32 pictures would take longer to make than a tick on a CPU.
 
 
@@ -163,7 +164,9 @@ def training_options(job: Job, directory: Path) -> dict:
     stored = {**dataclasses.asdict(options), 'outdir': str(Path(options.outdir).resolve()),
               'data': None if options.data is None else str(Path(options.data).resolve()),
               'network': 'none' if job.network_path is None else str(job.network_path.resolve())}
-    content['m2m'] = {'options': stored, 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
+    stages = [{key: value for key, value in dataclasses.asdict(stage).items() if value is not None and (key not in PIXEL_OPTIONS or not stage.codes)}
+              for stage in job.stages]  # The official keys above are those of the last stage, and know nothing of training in feature space.
+    content['m2m'] = {'options': stored, 'stages': stages, 'slice': loop.slice_res, 'device': str(job.device), 'torch': torch.__version__,
                       'job': os.environ.get('TORCHELASTIC_RUN_ID'), **resume.made_from(job)}
     return content
 
@@ -311,6 +314,7 @@ def run(options: TransferOptions, echo: Callable[[str], None] = print, command: 
 
     command: what to execute in each of several processes (options.gpus), if this one has not been started as one of them; it leads here again.
     """
+    options = resume.with_outdir(options)
     check_options(options)
     if options.gpus > 1 and not distributed.launched() and not options.dry_run:
         if command is None:

@@ -21,7 +21,7 @@ SPLIT, BOTH_EMA_RAMPUP = 0.4, 0.3
 class TransferOptions:
     """The command line of tools/transfer.py, one field per option, with the official names; None means 'choose for me'."""
 
-    outdir: str
+    outdir: str | None  # None only if resume is a run directory
     network: str = 'demo'
     data: str | None = None
     train: str = 'both'
@@ -203,8 +203,7 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
     """
     on_cpu, scratch = device.type == 'cpu', options.network == 'none'
     gpus = options.gpus
-    usual = CODE_BATCH if bypassed(options) else min(gpus * min(4096 // resolution, 16 if on_cpu else 32), 64)
-    batch = options.batch or max(usual, gpus)
+    batch = options.batch or usual_batch(gpus, resolution, on_cpu, bypassed(options))
     if batch % gpus:
         raise UserError(f'--batch={batch} must be a multiple of --gpus={gpus}.')
     batch_gpu = min(options.batch_gpu or batch, batch // gpus)
@@ -230,6 +229,15 @@ def loop_options(options: TransferOptions, resolution: int, device: torch.device
         codes=codes, ada_target=(0.6 if options.target is None else options.target) if options.aug == 'ada' and codes is None else None,
         ada_kimg=500 if scratch else 100,
         force_fp32=on_cpu or options.fp32)
+
+
+def usual_batch(gpus: int, resolution: int, on_cpu: bool, in_feature_space: bool) -> int:
+    """Images per step. As in the official `auto` where the GPUs divide that into groups of 4, which D's minibatch standard deviation wants; else
+    the next smaller number that they do. In feature space CODE_BATCH, or the next larger multiple of the GPUs."""
+    if in_feature_space:
+        return -(-CODE_BATCH // gpus) * gpus
+    official = min(gpus * min(4096 // resolution, 16 if on_cpu else 32), 64)
+    return official // (4 * gpus) * 4 * gpus or max(official // gpus * gpus, gpus)
 
 
 def new_network_kwargs(options: TransferOptions, dataset: ImageDataset, loop: LoopOptions) -> tuple[dict, dict]:

@@ -225,6 +225,25 @@ def test_budget_is_divided():
     assert only.d_trains == 'high-res' and only.slice_res == 8 and only.train_noise
 
 
+@pytest.mark.parametrize('gpus', range(1, 34))
+def test_every_number_of_gpus_has_a_batch(gpus):
+    device = torch.device('cuda')
+    low, high = stages(TransferOptions(outdir='', gpus=gpus), 256, device)
+    full, = stages(TransferOptions(outdir='', train='full', gpus=gpus), 256, device)
+    assert low.batch_size % gpus == 0 and 16 <= low.batch_size < 16 + gpus
+    assert full.batch_size == high.batch_size and high.batch_size % gpus == 0 and (gpus > 16 or high.batch_size // gpus % 4 == 0)
+    if gpus & (gpus - 1) == 0:
+        assert high.batch_size == max(min(gpus * 16, 64), gpus)  # the official auto configuration
+
+
+def test_dry_run_tells_both_stages():
+    told = []
+    transfer.run(TransferOptions(outdir='runs', dry_run=True, kimg=10, device='cpu'), told.append)
+    low, high = json.loads(told[0])['m2m']['stages']
+    assert (low['train'], low['total_kimg'], low['batch_size'], low['codes']['pair_lr']) == ('low-res', 4, 16, 0.01) and 'G_lr' not in low
+    assert (high['train'], high['total_kimg'], high['G_lr']) == ('high-res', 10, 0.0025) and 'codes' not in high
+
+
 def test_contradictions_are_listed():
     with pytest.raises(UserError) as caught:
         check_options(TransferOptions(outdir='', train='both', split=1.5, slice='w', no_bypass=True, freezed=3))

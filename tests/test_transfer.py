@@ -109,6 +109,17 @@ def test_from_scratch_then_resume(tmp_path, files):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_directory_needs_no_outdir(tmp_path, files):
+    assert run(tmp_path, **files, slice=8).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    result = run(tmp_path, outdir=None, resume=directory, kimg=0.032)
+    assert result.exit_code == 0, result.output
+    assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 32
+    for resume in (None, 'latest', files['network']):
+        result = run(tmp_path, outdir=None, resume=resume)
+        assert result.exit_code == 1 and 'Only --resume=RUN_DIR goes without' in result.output
+
+
 def test_torchrun_restarting_the_command_resumes_the_run_of_this_job(tmp_path, files, monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job 1')
     assert run(tmp_path, **files, slice=8).exit_code == 0

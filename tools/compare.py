@@ -14,7 +14,8 @@ PASSED_ON = {
 def passed_on(command):
     """Add the options of PASSED_ON to a command."""
     for name, kind in reversed(PASSED_ON.items()):
-        command = click.option(f'--{name}', type=kind, help='As in tools/transfer.py, for all methods that it applies to')(command)
+        note = ', but a resolution: w is a method' if name == 'slice' else ''
+        command = click.option(f'--{name}', type=kind, help=f'As in tools/transfer.py{note}, for all methods that it applies to')(command)
     return command
 
 

@@ -13,12 +13,12 @@ from m2m_stylegan.errors import UserError
 @click.option('--network', metavar='PKL', default='demo', help='Path, URL, short name (ffhq256, ffhq512, ffhq1024, celebahq256, lsundog256), demo, '
               'or none to train from scratch')
 @click.option('--data', metavar='PATH', help='Official folder or zip of images  [default: the bundled demo set]')
-@click.option('--outdir', metavar='DIR', required=True, help='Run directories are made in here')
+@click.option('--outdir', metavar='DIR', help='Run directories are made in here  [required, but for --resume=RUN]')
 @click.option('--cache-dir', metavar='DIR', help='Downloads and cached features  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
 @click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped; a pickle: start from its weights')
 # What is trained.
-@click.option('--train', type=click.Choice(['both', 'low-res', 'high-res', 'full']), default='both', help='Only the blocks up to the '
-              'slice, only those above it, both one after the other, or everything')
+@click.option('--train', type=click.Choice(['both', 'low-res', 'high-res', 'full']), default='both', help='both: first the '
+              'blocks up to the slice, then those above it; low-res: the first alone; high-res: the second alone; full: everything')
 @click.option('--slice', metavar='R', help='Blocks up to R x R pixels are the low-res part; w: the mapping network alone  [default: resolution / 4, '
               'with high-res and --no-bypass / 8]')
 @click.option('--no-bypass', is_flag=True, help='Low-res training: run the frozen high-res blocks')
@@ -37,10 +37,11 @@ from m2m_stylegan.errors import UserError
 # How long, how fast, how strong.
 @click.option('--kimg', type=float, metavar='N', help='Stop after N thousand images  [default: 1000]')
 @click.option('--minutes', type=float, metavar='N', help='Stop after N minutes of wall clock, preparation and resumed sessions included')
-@click.option('--batch', type=int, metavar='N', help='Images per step  [default: by resolution; at most 16 on a CPU]')
+@click.option('--batch', type=int, metavar='N', help='Images per step  [default: by resolution; at most 16 on a CPU; low-res training: 16]')
 @click.option('--batch-gpu', type=int, metavar='N', help='Images per forward pass, to save memory  [default: --batch]')
-@click.option('--lr', type=float, metavar='F', help='Learning rate of G and D  [default: 0.0025, from 1024 pixels on 0.002]')
-@click.option('--gamma', type=float, metavar='F', help='R1 weight  [default: by resolution and batch]')
+@click.option('--lr', type=float, metavar='F', help='Learning rate of G and D  [default: 0.0025, from 1024 pixels on 0.002; '
+              'low-res training: 0.01, of the synthesis blocks]')
+@click.option('--gamma', type=float, metavar='F', help='R1 weight  [default: by resolution and batch; low-res training: 1, of the critic on w]')
 @click.option('--pl-weight', type=float, metavar='F', help='Path length weight  [default: 2]')
 @click.option('--train-noise', type=bool, metavar='BOOL', help="Train G's noise strengths; false if results are covered with grain  [default: true, "
               'with both false]')
@@ -73,7 +74,8 @@ from m2m_stylegan.errors import UserError
 def main(**options):
     """Adapt an official StyleGAN2 network to a few hundred to a few thousand images, and write an official network pickle.
 
-    Without --network and --data the bundled demo runs: `python tools/transfer.py --outdir=runs --minutes=5`.
+    Without --network and --data the bundled demo runs: `python tools/transfer.py --outdir=runs --minutes=5`. With --train=both the options
+    --batch, --batch-gpu, --lr, --gamma and --train-noise are those of the second half.
     """
     from m2m_stylegan import transfer  # here, so that --help does not wait for PyTorch
 
