@@ -109,9 +109,9 @@ class AugmentPipe(torch.nn.Module):
         self.register_buffer('Hz_geom', setup_filter(SYM6))
         self.register_buffer('Hz_fbank', torch.tensor(filter_bank(SYM2), dtype=torch.float32))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, *args, **kwargs):  # Old versions of PyTorch have no more than fn.
         p = self.p
-        super()._apply(fn, recurse)
+        super()._apply(fn, *args, **kwargs)
         self.p = p  # stays on the CPU, where it is needed: asking a GPU for it would wait for all that it still has to do
         return self
 

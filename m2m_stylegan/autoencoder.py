@@ -156,27 +156,32 @@ def target_loss(encoder: Encoder, G, D, h: torch.Tensor, y: torch.Tensor, img: t
 
 
 @torch.no_grad()
-def sensitivity(G, codes: Batch, res: int) -> torch.Tensor:
+def sensitivity(G, codes: Batch, res: int, device: torch.device | None = None) -> torch.Tensor:
     """Matrix S [K, K] that measures differences of (x, img) by what g1 shows of them at the target images. Draws from the global RNG.
 
-    codes: x [M, C, r, r], img [M, img_channels, r, r] (absent where G has none), w [M, w_dim], float32. S is the symmetric root of the mean of
-    J^T v (J^T v)^T over images, positions and random v, J the Jacobian of g1 (Hutchinson): to first order |S e|^2, summed over positions, is
-    the squared difference of pixels, but for what neighbouring positions do together. It is scaled so that S applied to centred codes
-    has variance 1. What one number per channel instead loses: docs/method.md.
+    codes: x [M, C, r, r], img [M, img_channels, r, r] (absent where G has none), w [M, w_dim], float32. device: that of G, if codes are elsewhere.
+    S is the symmetric root of the mean of J^T v (J^T v)^T over images, positions and random v, J the Jacobian of g1 (Hutchinson): to first order
+    |S e|^2, summed over positions, is the squared difference of pixels, but for what neighbouring positions do together. It is scaled so that S
+    applied to centred codes has variance 1. What one number per channel instead loses: docs/method.md.
     """
-    names = [name for name in ('x', 'img') if name in codes]
-    total = torch.zeros([], dtype=torch.float64, device=codes['w'].device)
-    for index in torch.randint(len(codes['w']), [SENSITIVITY_ITEMS], device=codes['w'].device).split(min(4, items_per_pass(G.img_resolution))):
-        parts = {name: codes[name][index].requires_grad_(True) for name in names}
+    names, few = [name for name in ('x', 'img') if name in codes], min(4, items_per_pass(G.img_resolution))
+    device = device or codes['w'].device
+    total = torch.zeros([], dtype=torch.float64, device=device)
+    for index in torch.randint(len(codes['w']), [SENSITIVITY_ITEMS]).split(few):
+        parts = {name: codes[name][index].to(device).requires_grad_(True) for name in names}
         with torch.enable_grad():
-            images = decode(G, (parts['x'], parts.get('img'), codes['w'][index]), res)
+            images = decode(G, (parts['x'], parts.get('img'), codes['w'][index].to(device)), res)
             grads = torch.autograd.grad((images * torch.randn_like(images)).sum(), list(parts.values()))
         grads = torch.cat(grads, dim=1).transpose(0, 1).flatten(1)  # [K, N * r * r]
         total = total + (grads @ grads.T).double()
     values, vectors = torch.linalg.eigh(total)
     root = ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
-    centred = torch.cat([codes[name] - codes[name].mean(dim=(0, 2, 3), keepdim=True) for name in names], dim=1)
-    return root / apply(root, centred).square().mean().sqrt().clamp_min(1e-8)
+    means, squares, num = [codes[name].mean(dim=(0, 2, 3), keepdim=True) for name in names], [], 0
+    for parts in zip(*[codes[name].split(few) for name in names], strict=True):  # not at once: at 1024 px that would take 30 GiB
+        seen = apply(root, torch.cat([part - mean for part, mean in zip(parts, means, strict=True)], dim=1).to(device))
+        squares.append(seen.square().sum(dtype=torch.float64))
+        num += seen.numel()
+    return root / (sum(squares) / num).sqrt().float().clamp_min(1e-8)
 
 
 def apply(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

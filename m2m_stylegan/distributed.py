@@ -5,6 +5,7 @@ Tensors on GPUs are exchanged by NCCL, all else by gloo. A process that is alone
 
 import contextlib
 import ctypes
+import datetime
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from m2m_stylegan.errors import UserError
 T = TypeVar('T')
 _LAUNCHER = 'M2M_LAUNCHER_PID'
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+# All wait while process 0 trains an encoder or evaluates, which can take hours. A process that ends is noticed at once: its sockets close.
+PATIENCE = datetime.timedelta(days=1)
 PEERS_LOST = 75  # exit status of a process that ended because another one did; the message of that one is the cause
 
 
@@ -58,7 +61,7 @@ def session() -> Iterator[None]:
         yield
         return
     _end_with_launcher()
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=PATIENCE)
     try:
         yield
     except PeersLost:

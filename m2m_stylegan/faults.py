@@ -102,7 +102,9 @@ def symptoms(statistics: dict[str, dict[str, float]], modules: dict[str, torch.n
              if name in statistics and not math.isfinite(statistics[name]['mean'])]
     for key, module in modules.items():
         tensors = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        # On one device, since AugmentPipe.p is on the CPU whatever the others are on, and all at once, since asking waits.
+        device = max((tensor.device for tensor in tensors.values()), key=lambda device: device.type != 'cpu')
+        finite = torch.stack([tensor.isfinite().all().to(device, non_blocking=True) for tensor in tensors.values()]).tolist()
         bad = [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
         if bad:
             found.append(f'{key}: {len(bad)} of {len(tensors)} tensors are not finite, the first is {key}.{bad[0]}')
@@ -127,11 +129,14 @@ def diagnosis(found: list[str], before: dict[str, dict[str, float]], state, opti
 
 @contextlib.contextmanager
 def rescue(run_dir: Path, live: checkpoint.Live, keep: int, echo: Callable[[str], None]) -> Iterator[None]:
-    """If an exception leaves the block between two steps, save the checkpoint. Not with several processes: the others may be elsewhere."""
+    """If an exception leaves the block between two steps, save the checkpoint, unless it is one that training has ruined.
+
+    Not with several processes: the others may be elsewhere.
+    """
     try:
         yield
     except Exception:
-        if not live.in_step and distributed.world_size() == 1:
+        if not live.in_step and distributed.world_size() == 1 and not symptoms({}, live.modules):
             with contextlib.suppress(OSError):
                 checkpoint.save(run_dir, live, keep)
                 echo(f'The state at {live.state.cur_nimg / 1000:.2f} kimg has been saved.')

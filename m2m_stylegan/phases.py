@@ -169,7 +169,10 @@ def run_phase(phase: Phase, latents: Batch, real: Batch, batch_gpu: int) -> None
     finally:
         for param in phase.params:
             param.requires_grad_(False)
-    grads = [param.grad for param in phase.params if param.grad is not None]
+    for param in phase.params:
+        if param.grad is None:  # Biases that a regulariser does not reach. Adam is to take a step of zero for them, as in the official code.
+            param.grad = torch.zeros_like(param)
+    grads = [param.grad for param in phase.params]
     distributed.average_(grads)
     for grad in grads:
         torch.nan_to_num(grad, nan=0, posinf=1e5, neginf=-1e5, out=grad)

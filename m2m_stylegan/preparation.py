@@ -21,6 +21,7 @@ import tqdm
 from m2m_stylegan import autoencoder, distributed, features, locks, module_files, slicing
 from m2m_stylegan.autoencoder import Batch, Encoder
 from m2m_stylegan.datasets import ImageDataset
+from m2m_stylegan.errors import UserError
 from m2m_stylegan.images import from_uint8, save_image_grid
 
 SAVE_SECONDS = 60.0
@@ -105,7 +106,7 @@ def prepare(
         codes_dir = cache_dir / 'features' / f'{name}-slice{slice_name}-codes-{digest(fingerprint)}'
         codes = encode(encoder, D, dataset, res, device, codes_dir, fingerprint)
         torch.manual_seed(seed)
-        metric = None if res == slicing.W_SLICE else autoencoder.sensitivity(G, few(codes, device), res)
+        metric = None if res == slicing.W_SLICE else autoencoder.sensitivity(G, codes.gather(spread(len(codes))), res, device)
         psnr, feature_error = quality(G, D, codes, dataset, res, device, picture)
     seconds = time.monotonic() - start
     echo(f'Encoder at slice {slice_name}: decoded target images have {psnr:.1f} dB PSNR, relative error of D\'s features {feature_error:.3f}; '
@@ -159,11 +160,20 @@ def _fit(encoder: Encoder, path: Path, fingerprint: dict, loss_of: Callable[[int
                 step += 1
                 bar.update(BATCH)
                 if now - saved > SAVE_SECONDS:
+                    _check_finite(encoder, what)
                     _save_partial(partial, fingerprint, encoder, optimizer, step, elapsed)
                     saved = now
         encoder.requires_grad_(False)
+        _check_finite(encoder, what)
         module_files.write(path, fingerprint, encoder.state_dict())
         partial.unlink(missing_ok=True)
+
+
+def _check_finite(encoder: Encoder, what: str) -> None:
+    """Raise UserError rather than keep an encoder that training has ruined: it would be found again by every later run."""
+    if not all(bool(parameter.isfinite().all()) for parameter in encoder.parameters()):
+        raise UserError(f'{what}: training it has diverged, and nothing of it was kept. Are there images, or weights of the network, that are not '
+                        'finite? If not, try another --seed.')
 
 
 def _lock(path: Path) -> Path:
@@ -208,11 +218,6 @@ def encode(encoder: Encoder, D, dataset: ImageDataset, res: int, device: torch.d
 def code_of(batch: Batch, device: torch.device) -> tuple:
     """(x, img, w) of cached codes, on `device`; None for what is not there."""
     return tuple(batch[name].to(device) if name in batch else None for name in ('x', 'img', 'w'))
-
-
-def few(codes: features.FeatureCache, device: torch.device) -> Batch:
-    """Up to QUALITY_IMAGES codes, evenly spread over the set, on `device`."""
-    return {name: value.to(device) for name, value in codes.gather(spread(len(codes))).items()}
 
 
 def spread(num: int) -> torch.Tensor:

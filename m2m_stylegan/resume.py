@@ -9,6 +9,9 @@ from m2m_stylegan import checkpoint, downloads
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.transfer_options import TransferOptions
 
+# Options that are stored in another form than given, or may change from one start of a job to the next.
+ELSEWHERE = {'outdir', 'network', 'data', 'cache_dir', 'resume', 'device', 'workers', 'gpus', 'kimg', 'minutes', 'batch', 'batch_gpu', 'dry_run'}
+
 
 def made_from(job) -> dict[str, str | None]:
     """Fingerprints of the files that decide what comes out, besides the options, of a transfer.Job."""
@@ -29,7 +32,8 @@ def find_run(options: TransferOptions) -> Path | None:
     runs = sorted(path for path in Path(options.outdir).glob('*') if checkpoint.files(path))
     if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')):
         # torchrun --max-restarts has started the same command again: it means the run that this job has begun.
-        of_job = [path for path in runs if read_options(path).get('job') == os.environ['TORCHELASTIC_RUN_ID']]
+        of_job = [path for path in runs if (stored := read_options(path)).get('job') == os.environ['TORCHELASTIC_RUN_ID']
+                  and _same_training(stored.get('options'), options)]
         if of_job:
             return of_job[-1]
     names_pickle = options.resume is None or options.resume.endswith('.pkl') or '://' in options.resume
@@ -42,6 +46,12 @@ def find_run(options: TransferOptions) -> Path | None:
     if not Path(options.resume).is_dir():
         raise UserError(f'--resume={options.resume}: expected a run directory, "latest", or a network pickle.')
     return Path(options.resume)
+
+
+def _same_training(stored: object, options: TransferOptions) -> bool:
+    """Was a run with these stored options begun by a command with these? Several jobs can have one name: torchrun's default is the same for all."""
+    given = dataclasses.asdict(options)
+    return isinstance(stored, dict) and all(stored.get(name) == value for name, value in given.items() if name not in ELSEWHERE)
 
 
 def read_options(directory: Path) -> dict:
@@ -67,9 +77,12 @@ def check_same_files(job, directory: Path) -> None:
 def resumed_options(options: TransferOptions, directory: Path) -> TransferOptions:
     """The options that the run was started with; from the new command line come only the limits, --batch-gpu and where to run."""
     try:
-        old = TransferOptions(**read_options(directory)['options'])
-    except (KeyError, TypeError) as err:
+        stored = read_options(directory)
+        old = TransferOptions(**stored['options'])
+        # The batch, and what is worked out from it, is not to change with the machine that the run goes on on.
+        batch = old.batch or ('stages' in stored and int(stored['stages'][-1]['batch_size'])) or None
+    except (KeyError, TypeError, ValueError, IndexError) as err:
         raise UserError(f'--resume: the options in {directory} are not from this version ({type(err).__name__}: {err}).') from err
     fresh = {name: getattr(options, name) for name in ('kimg', 'minutes', 'batch_gpu') if getattr(options, name) is not None}
     machine = {name: getattr(options, name) for name in ('device', 'workers', 'gpus')}
-    return dataclasses.replace(old, **fresh, **machine, resume=str(directory), dry_run=options.dry_run)
+    return dataclasses.replace(old, **fresh, **machine, batch=batch, resume=str(directory), dry_run=options.dry_run)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from m2m_stylegan import distributed
+
 
 class Collector:
     """Moments of named quantities, tick by tick.
@@ -63,13 +65,9 @@ class Collector:
 
 
 def _sum_over_processes(pending: dict[str, list[float]]) -> dict[str, torch.Tensor]:
-    parts = [pending]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Objects rather than an all-reduce: processes may have reported different names, and one exchange costs less than two.
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, pending)
     totals = {}
-    for part in parts:
+    # Objects rather than an all-reduce: processes may have reported different names, and one exchange costs less than two.
+    for part in distributed.gather(pending):
         for name, moments in part.items():
             totals[name] = totals.get(name, 0) + torch.tensor(moments, dtype=torch.float64)
     return totals
@@ -87,7 +85,7 @@ class StatsWriter:
     """
 
     def __init__(self, run_dir: str | os.PathLike):
-        self._jsonl = open(Path(run_dir) / 'stats.jsonl', 'a', encoding='utf-8')  # noqa: SIM115 (closed by close)
+        self._path = Path(run_dir) / 'stats.jsonl'
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -98,8 +96,8 @@ class StatsWriter:
 
     def write(self, stats: dict[str, dict[str, float]], *, cur_nimg: int, elapsed_s: float) -> None:
         """One tick: `stats` as from `Collector.as_dict`, `elapsed_s` since the start of the run."""
-        self._jsonl.write(json.dumps({**stats, 'timestamp': time.time()}) + '\n')
-        self._jsonl.flush()
+        with open(self._path, 'a', encoding='utf-8') as file:  # anew for each tick: going back to a checkpoint replaces the file
+            file.write(json.dumps({**stats, 'timestamp': time.time()}) + '\n')
         self._add_scalars({name: s['mean'] for name, s in stats.items()}, cur_nimg, elapsed_s)
 
     def write_metrics(self, results: dict[str, float], *, cur_nimg: int, elapsed_s: float) -> None:
@@ -107,8 +105,7 @@ class StatsWriter:
         self._add_scalars({f'Metrics/{name}': value for name, value in results.items()}, cur_nimg, elapsed_s)
 
     def close(self) -> None:
-        """Close the files."""
-        self._jsonl.close()
+        """Close the tfevents."""
         if self._events is not None:
             self._events.close()
 

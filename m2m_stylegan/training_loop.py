@@ -279,8 +279,7 @@ def training_loop(
             state.elapsed_seconds = limits.elapsed_seconds()
             before = collector.as_dict()
             _report_tick(collector, state, now - tick_start, maintenance_seconds, device)
-            with distributed.exchange():
-                collector.update()
+            collector.update()
             found = faults.symptoms(collector.as_dict(), live.modules)
             if found:
                 data, reason = back_off(found, before), None

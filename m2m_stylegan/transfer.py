@@ -89,8 +89,8 @@ def plan(options: TransferOptions) -> Job:
     num_images = len(dataset) // (2 if options.mirror else 1)
     if options.subset is not None and options.subset > num_images:
         raise UserError(f'--subset={options.subset}: {dataset.path} has only {num_images} images.')
-    if snapshot is not None and loop.codes is None:
-        check_group(snapshot.D, loop.batch_gpu)
+    if loop.codes is None:
+        check_group(4 if snapshot is None else group_size(snapshot.D), loop.batch_gpu)
     dataset_kwargs = {
         'class_name': 'training.dataset.ImageFolderDataset', 'path': str(Path(dataset.path).resolve()), 'use_labels': options.cond,
         'max_size': num_images, 'xflip': options.mirror, 'resolution': dataset.resolution}
@@ -123,9 +123,8 @@ def group_size(D) -> int | None:
     return D.b4.mbstd.group_size if D.b4.mbstd is not None else 1
 
 
-def check_group(D, batch_gpu: int) -> None:
-    """Raise UserError if D's minibatch standard deviation cannot divide a batch of batch_gpu images into its groups."""
-    group = group_size(D)
+def check_group(group: int | None, batch_gpu: int) -> None:
+    """Raise UserError if D's minibatch standard deviation cannot divide a batch of batch_gpu images into its groups of `group`; None: all."""
     if group and batch_gpu % min(group, batch_gpu):
         raise UserError(f'{batch_gpu} images per forward pass (--batch, --batch-gpu) cannot be divided into the groups of {group} images that this '
                         f'discriminator compares; choose at most {group}, or a multiple of {group}.')
@@ -246,8 +245,8 @@ def open_bank(job: Job, G_ema, directory: Path | None, echo: Callable[[str], Non
         'kind': 'high-res bank 1', 'network_sha256': source, 'slice': loop.slice_res, 'seed': options.seed,
         'style_mixing_prob': loop.loss.style_mixing_prob, 'labels_sha256': preparation.labels_digest(job.dataset), 'items': num_items,
         'dtype': str(dtype), 'force_fp32': loop.force_fp32, 'device': job.device.type}
-    if directory is None:
-        directory = cache_dir(job) / 'features' / f'{job.network_path.stem}-slice{loop.slice_res}-{preparation.digest(fingerprint)}'
+    name = f'slice{loop.slice_res}-{preparation.digest(fingerprint)}'  # a low-res part that was trained on has other features, beside the old ones
+    directory = cache_dir(job) / 'features' / f'{job.network_path.stem}-{name}' if directory is None else directory / name
     echo(f'Feature cache: {num_items} latents of {item_bytes / 1024:.0f} KiB in {directory}')
     with progress_bar(total=num_items, unit='latent', desc='Caching low-res features') as progress:
         cache = features.write(

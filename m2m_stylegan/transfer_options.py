@@ -118,6 +118,7 @@ def check_options(options: TransferOptions) -> None:
         need(value is None or value >= 0, f'--{name.replace("_", "-")}={value} must not be negative')
     need(options.bank is None or options.bank % CHUNK_ITEMS == 0,
          f'--bank={options.bank} must be a multiple of {CHUNK_ITEMS}')
+    need(0 <= options.seed < 2 ** 31, f'--seed={options.seed} must be at least 0 and less than 2^31')
     need(options.snap > 0, f'--snap={options.snap} must be at least 1')
     try:
         metric_list(options)

@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).parents[1] / 'm2m_stylegan'
 aten = torch.ops.aten
 MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # CUDA takes indices from the CPU, and waits for them.
+LISTS = {aten.stack.default, aten.cat.default}
 VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
 
 
@@ -68,7 +69,8 @@ class OtherDevice(TorchDispatchMode):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         others = [x for x in tensors if isinstance(x, OtherTensor)]
         known = {id(x.inner if isinstance(x, OtherTensor) else x): x for x in tensors}
-        mixed = bool(others) and any(x.dim() > 0 and not isinstance(x, OtherTensor) for x in tensors)
+        # A tensor without dimensions may come from the CPU, but not in a list of tensors to put together.
+        mixed = bool(others) and any((x.dim() > 0 or func in LISTS) and not isinstance(x, OtherTensor) for x in tensors)
         goal = torch.device(kwargs['device']).type if kwargs.get('device') is not None else None
         if not others and goal != NAME:
             return func(*args, **kwargs)
@@ -175,7 +177,7 @@ def cases(folder: Path) -> dict[str, list[str]]:
         'low-res': training('low-res', '--train=low-res', '--slice=8', prepare_kimg),
         'w': training('w', '--train=low-res', '--slice=w', '--critic=wgan-gp', prepare_kimg),
         'no-bypass': training('no-bypass', '--train=low-res', '--slice=8', '--no-bypass', '--aug=noaug'),
-        'both': training('both', '--train=both', '--slice=8', '--aug=noaug', prepare_kimg, bank, base=cond),
+        'both': training('both', '--train=both', '--slice=8', prepare_kimg, bank, base=cond),
         'both resumed': ['transfer', f'--outdir={folder}/both', '--resume=latest', '--kimg=0.12'],
         'generate': ['generate', net, '--seeds=0-2', '--trunc=0.5', f'--outdir={folder}/seeds'],
         'interpolate': ['interpolate', net, '--seeds=0-2', f'--dest={folder}/loop.gif'],
@@ -191,7 +193,8 @@ def check() -> dict[str, int]:
     with OtherDevice() as mode:
         x, host = torch.arange(6.0, device=NAME), torch.arange(6.0)
         assert x.device.type == NAME and (x * 2 + 1).device.type == NAME
-        for wrong in (lambda: x + host, lambda: torch.cat([x, host]), lambda: torch.addmm(x, x[:, None], host[None]), x.numpy):
+        for wrong in (lambda: x + host, lambda: torch.cat([x, host]), lambda: torch.stack([x[0], host[0]]),
+                      lambda: torch.addmm(x, x[:, None], host[None]), x.numpy):
             try:
                 wrong()
             except (RuntimeError, TypeError):

@@ -126,6 +126,18 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tmp_path, files, c
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_a_run_killed_before_its_second_stage_goes_on_with_a_higher_limit(tmp_path, files, cache, monkeypatch):
+    """The features of its second stage lie there already, but of a low-res part that is trained on now."""
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.feature_bank, 'Bank', lambda *args: (_ for _ in ()).throw(tiny_run.Killed))
+        with pytest.raises(tiny_run.Killed):
+            run(tmp_path, **files, cache_dir=cache)
+    directory, = (tmp_path / 'runs').iterdir()
+    assert list((directory / 'features').iterdir())
+    assert run(tmp_path, resume=str(directory), kimg=2 * TOTAL / 1000) == directory
+    assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 2 * TOTAL and not (directory / 'features').exists()
+
+
 def test_a_finished_run_goes_on_with_a_higher_limit(tmp_path, files, cache):
     whole = run(tmp_path, **files, cache_dir=cache, kimg=0.104, split=0.46)
     parts = run(tmp_path, **files, cache_dir=cache, kimg=0.08, split=0.6)

@@ -12,7 +12,7 @@ import tiny_run
 import torch
 from tiny_run import options_for, train
 
-from m2m_stylegan import checkpoint, faults, losses, phases, stats
+from m2m_stylegan import checkpoint, faults, losses, phases, stats, training_loop
 from m2m_stylegan.errors import UserError
 
 
@@ -46,6 +46,42 @@ def test_a_passing_nan_is_undone_by_going_back(tmp_path, dataset, monkeypatch):
     assert len(warnings) == 1 and 'diverged at 0.04 kimg: Loss/D/loss is not finite (phase Dmain, the adversarial loss of D)' in warnings[0]
     assert all(math.isfinite(line['Loss/D/loss']['mean']) for line in tiny_run.read_stats(tmp_path / 'run'))
     assert not faults.symptoms({}, {'G': state.G, 'D': state.D, 'G_ema': state.G_ema})
+
+
+def test_statistics_go_on_after_going_back(tmp_path, dataset, monkeypatch):
+    spoil(monkeypatch, 'discriminator_real_loss', [18])
+    train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.160, snapshot_ticks=3))
+    ticks = [line['Progress/kimg']['mean'] for line in tiny_run.read_stats(tmp_path / 'run')]
+    assert ticks == pytest.approx([0.004 + 0.016 * i for i in range(10)] + [0.160])
+
+
+def test_a_state_that_is_not_finite_is_not_rescued(tmp_path, dataset, monkeypatch):
+    """A weight becomes NaN, and before a tick can notice it the images cannot be read: the checkpoint from before is the one to go on with."""
+    original, steps, batches = phases.run_phase, [], training_loop.batches
+
+    def run_phase(phase, *args):
+        original(phase, *args)
+        if phase.name == 'Dmain':
+            steps.append(phase)
+            if len(steps) == 12:
+                phase.params[3].data.view(-1)[0] = math.nan
+
+    def failing(*args):
+        for batch in batches(*args):
+            if len(steps) == 14:
+                raise OSError(errno.EIO, 'Input/output error', 'img.png')
+            yield batch
+
+    options = options_for('full', total_kimg=0.080, kimg_per_tick=0.032)
+    with monkeypatch.context() as patch:
+        patch.setattr(phases, 'run_phase', run_phase)
+        patch.setattr(training_loop, 'batches', failing)
+        with pytest.raises(OSError, match='img.png'):
+            train(tmp_path / 'run', dataset, options)
+    assert int(checkpoint.read(tmp_path / 'run' / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 36
+    train(tmp_path / 'run', dataset, options, resume=True)
+    train(tmp_path / 'whole', dataset, options)
+    tiny_run.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
 
 
 def test_after_going_back_the_random_numbers_are_others(tmp_path, dataset, monkeypatch):

@@ -29,8 +29,8 @@ def results():
 def test_no_tool_mixes_devices_and_no_training_step_waits(results, name):
     assert results[name]['error'] is None
     waits = results[name]['waits']
-    if name == 'full ada':  # The controller asks once in four batches how D judges.
+    if name in ('full ada', 'both'):  # The controller asks once in four batches how D judges: with both only in the second stage.
         (line, per_step), = waits.items()
-        assert line.startswith('training_loop.py: sign_mean = ') and per_step == pytest.approx(0.25, abs=0.05)
+        assert line.startswith('training_loop.py: sign_mean = ') and per_step < 0.3 and (per_step > 0.2 or name == 'both')
     else:
         assert waits == ({'elsewhere': 5} if name == 'the device itself' else {})

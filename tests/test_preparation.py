@@ -382,3 +382,13 @@ def test_module_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_module_that_does_not_fit(tmp_path, tensors):
     with pytest.raises(UserError, match='does not fit this version of the program. Delete it'):
         module_files.load_into(torch.nn.Linear(2, 3), tensors, tmp_path / 'module.safetensors')
+
+
+def test_an_encoder_that_has_diverged_is_not_kept(snapshot, dataset, tmp_path, monkeypatch):
+    calls, original = [], autoencoder.source_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder, 'source_loss', lambda *args: calls.append(0) or original(*args) * (math.nan if len(calls) == 2 else 1))
+        with pytest.raises(UserError, match='Encoder: source network: training it has diverged, and nothing of it was kept'):
+            prepare(snapshot, dataset, tmp_path / 'cache')
+    assert not encoder_files(tmp_path / 'cache')
+    assert_same(prepare(snapshot, dataset, tmp_path / 'cache'), prepare(snapshot, dataset, tmp_path / 'other'))

@@ -55,6 +55,15 @@ def test_noise_strengths_alone_stay_if_they_are_not_trained(tmp_path, dataset, m
     assert moved == {name for name, _ in after.G.named_parameters() if name in trained and not name.endswith('noise_strength')}
 
 
+def test_every_step_of_adam_reaches_every_tensor(tmp_path, dataset):
+    """Regularisers do not reach all biases; Adam's moments of these fade all the same, as with the zeros of the official code."""
+    train(tmp_path / 'run', dataset, options_for('full', total_kimg=0.024))  # 6 steps, Greg in each second, Dreg in each third of them
+    content = checkpoint.read(tmp_path / 'run' / checkpoint.FILE_NAME)
+    for key, steps in [('G', 6 + 3), ('D', 6 + 2)]:
+        moments = content['optimizers'][key]['state']
+        assert {int(state['step']) for state in moments.values()} == {steps} and len(moments) == int(content['optimizers'][key]['num_params'])
+
+
 @pytest.mark.parametrize('mode', ['full', 'high-res', 'low-res'])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset, monkeypatch, mode):
     """Bit for bit: weights, moving averages, optimiser moments, ADA's p, path length mean, feature bank, and the statistics."""

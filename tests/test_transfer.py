@@ -1,5 +1,6 @@
 """The command of the main job, end to end on tiny networks: what it writes, what it keeps, what it refuses."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -11,7 +12,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from m2m_stylegan import checkpoint, downloads, slicing, snapshots, transfer
+from m2m_stylegan import checkpoint, downloads, resume, slicing, snapshots, transfer
 from m2m_stylegan.errors import UserError
 from tools.transfer import main
 
@@ -115,8 +116,8 @@ def test_a_run_directory_needs_no_outdir(tmp_path, files):
     result = run(tmp_path, outdir=None, resume=directory, kimg=0.032)
     assert result.exit_code == 0, result.output
     assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 32
-    for resume in (None, 'latest', files['network']):
-        result = run(tmp_path, outdir=None, resume=resume)
+    for wrong in (None, 'latest', files['network']):
+        result = run(tmp_path, outdir=None, resume=wrong)
         assert result.exit_code == 1 and 'Only --resume=RUN_DIR goes without' in result.output
 
 
@@ -127,9 +128,19 @@ def test_torchrun_restarting_the_command_resumes_the_run_of_this_job(tmp_path, f
     assert run(tmp_path, **files, slice=8, kimg=0.02).exit_code == 0
     directory, = (tmp_path / 'runs').iterdir()
     assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 20
+    assert run(tmp_path, **files, slice=8, gamma=7).exit_code == 0  # another command that calls its job the same: torchrun has a default name
+    assert len(list((tmp_path / 'runs').iterdir())) == 2
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job 2')
     assert run(tmp_path, **files, slice=8).exit_code == 0
-    assert len(list((tmp_path / 'runs').iterdir())) == 2
+    assert len(list((tmp_path / 'runs').iterdir())) == 3
+
+
+def test_the_batch_does_not_change_with_the_machine(tmp_path, files):
+    assert run(tmp_path, **files, slice=8, batch=None).exit_code == 0
+    directory, = (tmp_path / 'runs').iterdir()
+    options = resume.resumed_options(transfer.TransferOptions(outdir='', device='cuda', gpus=4), directory)
+    assert options.batch == 16 and transfer.stages(options, 16, torch.device('cuda'))[0].batch_size == 16
+    assert transfer.stages(dataclasses.replace(options, batch=None), 16, torch.device('cuda'))[0].batch_size == 64  # what it would have become
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"m2m": 3}', '{"m2m": {}}', '{"m2m": {"options": {"eval": "x"}}}', '[' * 100_000])
@@ -244,6 +255,8 @@ def test_mismatched_data_is_refused_with_the_way_out(tmp_path, files):
     ({'batch': 6}, 'cannot be divided into the groups of 4 images'),
     ({'subset': 21}, '--subset=21: .* has only 20 images'),
     ({'batch_gpu': 3}, '--batch=4 must be a multiple of --batch-gpu=3'),
+    ({'train': 'full', 'network': 'none', 'bank': None, 'batch': 6}, r'groups of 4 images'),
+    ({'seed': -1}, r'--seed=-1 must be at least 0'),
     ({'resume': 'nowhere'}, '--resume=nowhere: expected a run directory'),
     ({'resume': 'latest'}, 'no run directory in .* holds a checkpoint'),
     ({'network': 'missing.pkl'}, 'missing.pkl'),

@@ -12,8 +12,8 @@ from m2m_stylegan.prepare_images import CROPS, FILTERS, PrepareOptions, prepare
 @click.command()
 @click.option('--source', metavar='PATH', required=True, help='Folder (searched recursively) or zip of pictures of any kind')
 @click.option('--dest', metavar='PATH', required=True, help='New .zip, or new or empty folder')
-@click.option('--resolution', metavar='INT', type=int, help='Width and height of the result, a power of two  [default: those of the pictures, if they are '
-              'all alike]')
+@click.option('--resolution', metavar='INT', type=int, help='Width and height of the result, a power of two  [default: those of the '
+              'pictures, if they are all alike]')
 @click.option('--crop', type=click.Choice(CROPS), help='How pictures become square: center: the largest square in the middle; pad: a border of '
               '--background; stretch; none: they must be square; center-wide: as the official tool makes it, on black  [default: center; without a '
               'size none; with --width and --height alone stretch]')
