@@ -238,7 +238,7 @@ def test_a_process_hands_its_error_over_and_says_nothing_itself(tmp_path, monkey
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / 'error.json'))
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, timeout: None)
     with pytest.raises(SystemExit) as left, distributed.session():
         raise error
     lost = isinstance(error, distributed.PeersLost)

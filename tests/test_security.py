@@ -157,4 +157,4 @@ def test_pickles_are_exchanged_with_our_own_processes_only():
     """The one place where objects are unpickled: torch.distributed's exchange of objects, between processes of one run."""
     users = {path.name for path in test_house.SOURCES for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
              if isinstance(node, ast.Attribute) and node.attr in ('broadcast_object_list', 'all_gather_object', 'scatter_object_list')}
-    assert users == {'distributed.py', 'stats.py'}
+    assert users == {'distributed.py'}
