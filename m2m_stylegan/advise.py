@@ -6,8 +6,10 @@ decide. Floors come from encoders trained for a short time: a longer preparation
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,7 +178,7 @@ def recommend(rows: Iterable[Row], full: Cost, source_fd: float | None, real_fd:
         best = max(cheap, key=lambda row: row.psnr)
         return mode(best), best.slice, (
             f'Its decoded codes are nearest to the images ({best.psnr:.1f} dB) of the slices with a step at least {CHEAPER} times cheaper than a '
-            f'full one ({times(best):.0f} times). Whether they are nearer than the untouched source was not measured: the detector is missing.')
+            f'full one ({times(best):.0f} times). Whether they are nearer than the untouched source was not measured: see above.')
     clear = [row for row in rows if row.fd <= CLEARLY * source_fd]
     worth = [row for row in clear if row in cheap]
     if worth:
@@ -248,9 +250,14 @@ def run(slices: list[str] | None, json_path: str | None, dry_run: bool, echo: Ca
         echo(f'{job.network_path}\n{job.dataset.path}: {len(job.dataset)} images\n{machine(job.device)}\nSlices: {names}\n'
              f'Encoders: {options["prepare_kimg"]:g} kimg each, in {transfer.cache_dir(job) / "encoders"}\nDry run; nothing was written.')
         return None
+    if json_path is not None:
+        folder = Path(json_path).resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if Path(json_path).is_dir() or not os.access(folder, os.W_OK):  # now, not after an hour of measurements
+            raise UserError(f'--json={json_path} cannot be written')
     found = advise(slices=slices, echo=echo, **options)
+    echo(format_advice(found))
     if json_path is not None:
         with atomic_write(json_path) as tmp:
             tmp.write_text(to_json(found), encoding='utf-8')
-    echo(format_advice(found))
     return found

@@ -50,6 +50,9 @@ def run(options: MetricOptions, echo: Callable[[str], None], remark: Callable[[s
     names, detector = chosen(options)
     network = Path(options.network) if is_image_set(options.network) else downloads.resolve(options.network, options.cache_dir)
     data, mirror = dataset_of(network, options)
+    lengths = [metric.name for metric in choose(names) if metric.kind == 'ppl']
+    if lengths and is_image_set(options.network):
+        raise UserError(f'{", ".join(lengths)}: path lengths need a network; {network} has images, but no latents')
     if options.gpus > 1 and not distributed.launched():
         distributed.launch(options.gpus, [sys.executable, *sys.argv])
         return

@@ -14,6 +14,7 @@ from m2m_stylegan.image_files import ImageFiles, ImageReadError, problem_list
 
 CHANNELS = {'L': 1, 'RGB': 3}  # by Pillow mode
 MAX_CLASSES = 1 << 20  # a class beyond this is a mistake, and its one-hot vectors would fill the memory
+WRONG_LABEL = f'have a label that is neither a class from 0 to {MAX_CLASSES - 1} nor a list of numbers'
 
 
 def check_dataset(files: ImageFiles, resolution: int | None, use_labels: bool) -> tuple[list[int], np.ndarray | None]:
@@ -94,12 +95,12 @@ def _read_labels(files: ImageFiles) -> tuple[np.ndarray | None, dict[str, list[s
     table = read_label_table(files)
     if table is None:
         raise UserError(f'{files.path} has no labels: expected them in dataset.json; add them, or train without labels')
-    kinds = {name: _label_kind(table[name]) for name in files.image_names if name in table}
+    kinds = {name: label_kind(table[name]) for name in files.image_names if name in table}
     usual = _most_common((kind for kind in kinds.values() if kind != 'wrong'), 'class')
     shown = {name: f'{name} ({json.dumps(table[name])[:40]})' for name in kinds}
     problems = {
         'have no label in dataset.json': [name for name in files.image_names if name not in kinds],
-        f'have a label that is neither a class from 0 to {MAX_CLASSES - 1} nor a list of numbers': [
+        WRONG_LABEL: [
             shown[name] for name, kind in kinds.items() if kind == 'wrong'
         ],
         f'have another kind of label than most ({usual})': [
@@ -115,7 +116,8 @@ def _most_common(items: Iterable, default: Any) -> Any:
     return max(Counter(items).items(), key=lambda item: item[1], default=(default, 0))[0]
 
 
-def _label_kind(label: Any) -> str:
+def label_kind(label: Any) -> str:
+    """What a label of dataset.json is, 'wrong' if it is none."""
     if type(label) is int and 0 <= label < MAX_CLASSES:
         return 'class'
     if isinstance(label, list) and label and all(type(x) in (int, float) and abs(x) < 3e38 for x in label):  # NaN fails too

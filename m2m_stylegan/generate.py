@@ -3,6 +3,7 @@
 Seeds, options and file names are those of the official generate.py and style_mixing.py: the same seed gives the same picture.
 """
 
+import math
 import os
 import re
 import zipfile
@@ -80,9 +81,16 @@ def latents(seeds: list[int], z_dim: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.random.RandomState(seed).randn(z_dim) for seed in seeds])).to(torch.float32)
 
 
+def check_trunc(trunc: float) -> None:
+    """Raise UserError unless it is a number by which w can be multiplied."""
+    if not math.isfinite(trunc):
+        raise UserError(f'--trunc={trunc}: expected a number, usually from 0 to 1')
+
+
 @torch.no_grad()
 def map_seeds(G: Generator, seeds: list[int], c: torch.Tensor, trunc: float) -> torch.Tensor:
     """ws [N, num_ws, w_dim] of seeds with label c [1, c_dim], truncated towards w_avg: 1 is no truncation, 0 gives w_avg."""
+    check_trunc(trunc)
     z = latents(seeds, G.z_dim).to(c.device)
     return G.mapping(z, c.expand(len(seeds), -1), truncation_psi=trunc)
 

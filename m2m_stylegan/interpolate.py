@@ -50,6 +50,7 @@ def loop_w(G: Generator, seeds: list[int], c: torch.Tensor, trunc: float, path: 
     points = generate.latents(seeds, G.z_dim).to(c.device)
     if space == 'z':
         points = loop(points, frames)
+    generate.check_trunc(trunc)
     w = G.mapping(points, c.expand(len(points), -1), truncation_psi=trunc)[:, 0]  # The same for all layers, so one is kept.
     return loop(w, frames) if space == 'w' else w
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tqdm
 
-from m2m_stylegan import autoencoder, distributed, features, locks, module_files, slicing
+from m2m_stylegan import autoencoder, distributed, feature_files, features, locks, module_files, slicing
 from m2m_stylegan.autoencoder import Batch, Encoder
 from m2m_stylegan.datasets import ImageDataset
 from m2m_stylegan.errors import UserError
@@ -177,7 +177,8 @@ def _check_finite(encoder: Encoder, what: str) -> None:
 
 
 def _lock(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with feature_files.disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f'.{path.stem}.lock'
 
 

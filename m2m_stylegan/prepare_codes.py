@@ -100,6 +100,8 @@ def run(options: TransferOptions, outdir: Path | None, echo: Callable[[str], Non
 
     options: with train='low-res'. outdir: where a grid of target images and their decoded codes goes.
     """
+    if outdir is not None:
+        outdir.mkdir(parents=True, exist_ok=True)  # now, not after an hour of training
     job = open_job(dataclasses.replace(options, train='low-res'))
     prepared = codes_of(job, outdir, echo)
     num = min(len(prepared.codes), FLOOR_IMAGES)

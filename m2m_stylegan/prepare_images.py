@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageColor
 import PIL.ImageOps
 
-from m2m_stylegan.dataset_checks import read_label_table, suggest_resolution
+from m2m_stylegan.dataset_checks import WRONG_LABEL, label_kind, read_label_table, suggest_resolution
 from m2m_stylegan.errors import UserError
 from m2m_stylegan.image_files import DatasetWriter, ImageFiles, ImageReadError, printable, problem_list
 
@@ -128,6 +128,9 @@ def prepare(
     files, report = ImageFiles(source), PrepareReport()
     _check_apart(Path(source).resolve(), Path(dest).resolve())
     labels = _folder_labels(files, report) if options.labels_from_folders else read_label_table(files) or {}
+    wrong = [name for name in files.image_names if name in labels and label_kind(labels[name]) == 'wrong']
+    if wrong:
+        raise UserError(f'dataset.json of {files.path}: mend it or take it out.\n' + problem_list({WRONG_LABEL: wrong}, len(files.image_names)))
     headers = {}
     for name in files.image_names:
         try:

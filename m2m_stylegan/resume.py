@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from m2m_stylegan import checkpoint, downloads
@@ -86,3 +87,18 @@ def resumed_options(options: TransferOptions, directory: Path) -> TransferOption
     fresh = {name: getattr(options, name) for name in ('kimg', 'minutes', 'batch_gpu') if getattr(options, name) is not None}
     machine = {name: getattr(options, name) for name in ('device', 'workers', 'gpus')}
     return dataclasses.replace(old, **fresh, **machine, batch=batch, resume=str(directory), dry_run=options.dry_run)
+
+
+def say_ignored(given: TransferOptions, used: TransferOptions, echo: Callable[[str], None]) -> None:
+    """Warn of options of the command line that differ from those with which the run goes on."""
+    default = TransferOptions(outdir=None)
+
+    def same(name: str) -> bool:
+        value, other = getattr(given, name), getattr(used, name)
+        return value in (getattr(default, name), other) or (isinstance(value, str) and str(Path(value).resolve()) == other)
+
+    ignored = [f'--{field.name.replace("_", "-")}={getattr(given, field.name)}' for field in dataclasses.fields(given)
+               if field.name not in ('outdir', 'resume') and not same(field.name)]
+    if ignored:
+        echo(f'WARNING: {", ".join(ignored)}: ignored. A resumed run keeps the options that it was started with, but for --kimg, --minutes, '
+             '--batch-gpu, --gpus, --device and --workers.')

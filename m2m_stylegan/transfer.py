@@ -72,6 +72,8 @@ class Job:
 def plan(options: TransferOptions) -> Job:
     """Open and check everything that can fail before long work starts. Raises UserError."""
     check_options(options)
+    if options.network == 'none' and options.resume is not None and not Path(options.resume).is_dir():
+        raise UserError(f'--network=none starts from random weights and --resume={options.resume} from those of a pickle; leave one of the two out.')
     device = choose_device(options.device)
     snapshot = network_path = None
     if options.network != 'none':
@@ -82,6 +84,7 @@ def plan(options: TransferOptions) -> Job:
         options.data or DEMO_DATA, use_labels=options.cond, max_size=options.subset, xflip=options.mirror, random_seed=options.seed)
     if snapshot is not None:
         check_match(snapshot.G_ema, dataset)
+    check_resolution(options, dataset)
     loops = stages(options, dataset.resolution, device)
     loop = loops[-1]
     if loop.slice_res is not None:
@@ -116,6 +119,19 @@ def check_match(G, dataset: ImageDataset) -> None:
         problems.append(f'the network takes {G.c_dim} label values, the dataset has {dataset.label_dim}')
     if problems:
         raise UserError(f'{dataset.path} does not fit the network:\n' + '\n'.join(f'  * {problem}' for problem in problems))
+
+
+def check_resolution(options: TransferOptions, dataset: ImageDataset) -> None:
+    """Raise one UserError that lists what these options ask of images that they are too small for."""
+    side, pipe, problems = dataset.resolution, options.augpipe or 'bgc', []
+    if side < 8:
+        problems.append('networks begin at 8 x 8: run python tools/dataset.py --resolution=8, or more')
+    if options.aug != 'noaug' and side < 32 and augpipe_kwargs(pipe).get('imgfilter'):
+        problems.append(f'the filters of --augpipe={pipe} need 32 x 32: choose bgc')
+    if options.cbase is not None and options.cbase < side:
+        problems.append(f'--cbase={options.cbase} leaves blocks without channels: choose at least {side}')
+    if problems:
+        raise UserError(f'{dataset.path} has images of {side} x {side} pixels:\n' + '\n'.join(f'  * {problem}' for problem in problems))
 
 
 def group_size(D) -> int | None:
@@ -337,7 +353,8 @@ def run_process(options: TransferOptions, start_time: float, echo: Callable[[str
     """What each process does. Process 0 makes the files, and `echo` of the others is mute."""
     resume_dir = distributed.from_main(resume.find_run, options)
     if resume_dir is not None:
-        options = resume.resumed_options(options, resume_dir)
+        given, options = options, resume.resumed_options(options, resume_dir)
+        resume.say_ignored(given, options, echo)
     job = plan(options)
     if resume_dir is not None:
         resume.check_same_files(job, resume_dir)

@@ -110,15 +110,17 @@ def check_options(options: TransferOptions) -> None:
     need(not scratch or options.train == 'full', '--network=none (train from scratch) needs --train=full: there are no trained blocks to keep')
     for name in ('cbase', 'cmax', 'map_depth', 'latent_dim'):
         need(scratch or getattr(options, name) is None, f'--{name.replace("_", "-")} shapes a new network and needs --network=none')
-    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank', 'gpus', 'prepare_kimg', 'prepare_minutes'):
+    for name in ('kimg', 'minutes', 'batch', 'batch_gpu', 'lr', 'tick', 'snap_minutes', 'subset', 'bank', 'gpus', 'prepare_kimg', 'prepare_minutes',
+                 'cbase', 'cmax', 'map_depth', 'latent_dim'):
         value = getattr(options, name)
         need(value is None or value > 0, f'--{name.replace("_", "-")}={value} must be positive')
-    for name in ('gamma', 'ema_rampup'):
+    for name in ('gamma', 'pl_weight', 'ema_rampup'):
         value = getattr(options, name)
-        need(value is None or value >= 0, f'--{name.replace("_", "-")}={value} must not be negative')
+        need(value is None or value >= 0, f'--{name.replace("_", "-")}={value} must be a number from 0 up')
     need(options.bank is None or options.bank % CHUNK_ITEMS == 0,
          f'--bank={options.bank} must be a multiple of {CHUNK_ITEMS}')
-    need(0 <= options.seed < 2 ** 31, f'--seed={options.seed} must be at least 0 and less than 2^31')
+    need(0 <= options.seed < 2 ** 32, f'--seed={options.seed} must be at least 0 and less than 2^32')
+    need(options.freezed >= 0, f'--freezed={options.freezed} must not be negative')
     need(options.snap > 0, f'--snap={options.snap} must be at least 1')
     try:
         metric_list(options)

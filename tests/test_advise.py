@@ -212,6 +212,17 @@ def test_recommendation(rows, source_fd, expected, text):
     assert (train, at) == expected and text in reason
 
 
+@pytest.mark.filterwarnings('ignore:cannot keep the statistics')
+@pytest.mark.parametrize('tool, name', [(advise_tool, 'json'), (advise_tool, 'cache_dir'), (prepare_tool, 'outdir'), (prepare_tool, 'cache_dir')])
+def test_a_place_that_cannot_be_written_is_refused_in_words(tmp_path, files, monkeypatch, tool, name):
+    """And before anything is trained."""
+    monkeypatch.setattr(autoencoder, 'source_samples', lambda *args: pytest.fail('too late'))
+    (tmp_path / 'a file').touch()
+    options = {'cache_dir': tmp_path / 'cache', name: tmp_path / 'a file' / 'x'}
+    result = run(tool, **files, **options, prepare_kimg=KIMG, device='cpu')
+    assert result.exit_code == 1 and 'a file' in result.output and 'Traceback' not in result.output
+
+
 def test_json_of_something_else():
     for text in ['', '[]', '{}', '{"rows": [{}], "full": {}}', '{"rows": 3}', 'null']:
         with pytest.raises(UserError, match='not what tools/advise.py --json writes'):

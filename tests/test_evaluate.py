@@ -263,6 +263,13 @@ def test_large_images_are_cropped_and_averaged_for_lpips():
     assert path_length._to_compare(rows[:, :, :256, :256], crop=False).shape == (4, 1, 256, 256)
 
 
+def test_ppl_of_images_is_refused_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(detectors, 'load', lambda *args, **kwargs: pytest.fail('too late'))
+    data = str(tiny.dataset_zip(tmp_path / 'data.zip'))
+    with pytest.raises(UserError, match='ppl2_wend: path lengths need a network'):
+        calc_metrics.run(calc_metrics.MetricOptions(data, data=data, metrics='ppl2_wend'), print, print)
+
+
 def test_ppl_runs_from_name_to_number(files, tmp_path):
     vgg = stub_detectors.save(stub_detectors.VGG16(), tmp_path / 'vgg16.pt')
     found = evaluator(files, ['ppl2_wend', 'ppl_zfull'], num=6, detector=vgg).run(files.network)

@@ -80,6 +80,14 @@ def test_one_seed_one_picture_whatever_the_batch(networks, tmp_path, batch):
         assert abs(pixels(tmp_path / f'seed{seed:04d}.png') - expected_pixels(G, ws)).max() <= 1
 
 
+@pytest.mark.parametrize('trunc', ['nan', 'inf'])
+def test_truncation_is_a_number(networks, tmp_path, trunc):
+    path, _ = networks['grey']
+    for tool, options in [(generate_tool, ['--seeds=0']), (style_mixing_tool, ['--rows=0', '--cols=1'])]:
+        result = invoke(tool, f'--network={path}', f'--trunc={trunc}', f'--outdir={tmp_path / "out"}', *options)
+        assert result.exit_code == 1 and f'--trunc={trunc}: expected a number' in result.output and not list(tmp_path.glob('out/*.png'))
+
+
 def test_grey_and_conditional(networks, tmp_path):
     grey, G = networks['grey']
     assert invoke(generate_tool, f'--network={grey}', '--seeds=1', f'--outdir={tmp_path}/grey').exit_code == 0

@@ -233,6 +233,15 @@ def test_labels_of_the_source_are_kept_only_if_complete(tmp_path, complete):
         assert 'labels left out' in report.text() and '2.png' in report.text()
 
 
+def test_labels_that_are_none_are_refused(tmp_path):
+    (tmp_path / 'source').mkdir()
+    solid(RED).save(tmp_path / 'source' / '0.png')
+    (tmp_path / 'source' / 'dataset.json').write_text(json.dumps({'labels': [['0.png', 'cat']]}))
+    with pytest.raises(UserError, match=r'mend it or take it out.\n  1 of 1 have a label that is neither a class'):
+        prepare(tmp_path / 'source', tmp_path / 'dest.zip')
+    assert not (tmp_path / 'dest.zip').exists()
+
+
 def test_preparing_twice_changes_nothing(mixed, tmp_path):
     prepare(mixed, tmp_path / 'one.zip', PrepareOptions(8, 8))
     prepare(tmp_path / 'one.zip', tmp_path / 'two.zip')

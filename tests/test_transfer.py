@@ -110,6 +110,14 @@ def test_from_scratch_then_resume(tmp_path, files):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_options_that_a_resumed_run_ignores_are_named(tmp_path, files):
+    assert run(tmp_path, **files, slice=8).exit_code == 0
+    result = run(tmp_path, '-n', resume='latest', **files, slice=8, kimg=0.032)
+    assert result.exit_code == 0 and 'WARNING' not in result.output
+    result = run(tmp_path, '-n', resume='latest', network=files['network'], data='other.zip', lr=1, metrics='kd_effnetlite0', kimg=0.032)
+    assert result.exit_code == 0 and 'WARNING: --data=other.zip, --lr=1.0, --metrics=kd_effnetlite0: ignored.' in result.output
+
+
 def test_a_run_directory_needs_no_outdir(tmp_path, files):
     assert run(tmp_path, **files, slice=8).exit_code == 0
     directory, = (tmp_path / 'runs').iterdir()
@@ -232,7 +240,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
                  '--augpipe has no meaning',
                  '--slice cuts the networks for --train=high-res, low-res and both', '--bank is only used', '--cbase shapes a new network',
                  '--kimg=0 must be positive',
-                 '--gamma=-1 must not be negative', '--bank=15 must be a multiple of 16',
+                 '--gamma=-1 must be a number from 0 up', '--bank=15 must be a multiple of 16',
                  '--metrics=fid49k,none: unknown metrics fid49k; there are: fid50k_full']:
         assert part in text, part
 
@@ -257,6 +265,12 @@ def test_mismatched_data_is_refused_with_the_way_out(tmp_path, files):
     ({'batch_gpu': 3}, '--batch=4 must be a multiple of --batch-gpu=3'),
     ({'train': 'full', 'network': 'none', 'bank': None, 'batch': 6}, r'groups of 4 images'),
     ({'seed': -1}, r'--seed=-1 must be at least 0'),
+    ({'train': 'full', 'bank': None, 'freezed': -1, 'pl_weight': -1},
+     r'--pl-weight=-1.0 must be a number from 0 up.*--freezed=-1 must not be negative'),
+    ({'train': 'full', 'bank': None, 'network': 'none', 'map_depth': 0, 'cbase': -1}, r'--cbase=-1 must be positive.*--map-depth=0 must be'),
+    ({'train': 'full', 'bank': None, 'network': 'none', 'cbase': 8}, r'--cbase=8 leaves blocks without channels: choose at least 16'),
+    ({'train': 'full', 'bank': None, 'network': 'none', 'resume': 'x.pkl'}, r'leave one of the two out'),
+    ({'augpipe': 'bgcfnc'}, r'the filters of --augpipe=bgcfnc need 32 x 32: choose bgc'),
     ({'resume': 'nowhere'}, '--resume=nowhere: expected a run directory'),
     ({'resume': 'latest'}, 'no run directory in .* holds a checkpoint'),
     ({'network': 'missing.pkl'}, 'missing.pkl'),

@@ -26,7 +26,7 @@ def main(slices, json_path, dry_run, **options):
 
     try:
         advise.run(slices.split(',') if slices is not None else None, json_path, dry_run, click.echo, options)
-    except UserError as err:
+    except (UserError, OSError) as err:
         raise click.ClickException(str(err)) from err
 
 

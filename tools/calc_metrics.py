@@ -22,7 +22,7 @@ from m2m_stylegan.errors import UserError
 @click.option('--device', metavar='NAME', default='auto', help='auto, cpu, cuda or cuda:N')
 @click.option('--batch', type=int, metavar='N', default=64, help='Images per pass through the detector; changes no score')
 @click.option('--cache-dir', metavar='DIR', help='Detectors and statistics of real images  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
-@click.option('--seed', type=int, metavar='N', default=0, help='Random seed')
+@click.option('--seed', type=click.IntRange(0, 2 ** 32 - 1), metavar='N', default=0, help='Random seed')
 def main(**options):
     """Quality metrics by the official protocol of StyleGAN2-ADA, one JSON line each; also into metric-*.jsonl beside the pickle of a run.
 

@@ -49,7 +49,7 @@ def main(methods, seeds, extra, **options):
         compare.run(CompareOptions(
             methods=tuple(methods.split(',')), seeds=tuple(parse_numbers(seeds, '--seeds')), extra=extra,
             training={name: value for name, value in training.items() if value is not None}, **options), click.echo)
-    except UserError as err:
+    except (UserError, OSError) as err:
         raise click.ClickException(str(err)) from err
 
 

@@ -31,7 +31,7 @@ def main(source, dest, **options):
     """
     try:
         report = prepare(source, dest, PrepareOptions.from_command_line(**options), functools.partial(tqdm.tqdm, unit='img'))
-    except UserError as err:
+    except (UserError, OSError) as err:
         raise click.ClickException(str(err)) from err
     click.echo(report.text())
 

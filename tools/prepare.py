@@ -30,7 +30,7 @@ def main(outdir, **options):
 
     try:
         prepare_codes.run(TransferOptions(outdir=outdir or '', train='low-res', **options), Path(outdir) if outdir else None, click.echo)
-    except UserError as err:
+    except (UserError, OSError) as err:
         raise click.ClickException(str(err)) from err
 
 

@@ -15,7 +15,7 @@ def main(folder):
 
     try:
         path = report.build(folder)
-    except UserError as err:
+    except (UserError, OSError) as err:
         raise click.ClickException(str(err)) from err
     click.echo(f'Wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')
 

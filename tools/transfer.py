@@ -15,7 +15,8 @@ from m2m_stylegan.errors import UserError
 @click.option('--data', metavar='PATH', help='Official folder or zip of images  [default: the bundled demo set]')
 @click.option('--outdir', metavar='DIR', help='Run directories are made in here  [required, but for --resume=RUN]')
 @click.option('--cache-dir', metavar='DIR', help='Downloads and cached features  [default: $M2M_CACHE_DIR or ~/.cache/m2m_stylegan]')
-@click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped; a pickle: start from its weights')
+@click.option('--resume', metavar='RUN', help='Run directory or "latest": go on exactly where it stopped, with '
+              'its own options but for limits and machine; a pickle: start from its weights')
 # What is trained.
 @click.option('--train', type=click.Choice(['both', 'low-res', 'high-res', 'full']), default='both', help='both: first the '
               'blocks up to the slice, then those above it; low-res: the first alone; high-res: the second alone; full: everything')
