@@ -262,7 +262,8 @@ def test_the_critic_of_a_run_stays_what_it_was(tmp_path, files, cache):
     directory = run(tmp_path, **files, slice='w', critic='logistic', cache_dir=cache, kimg=0.008)
     told = []
     run(tmp_path, resume='latest', slice='8', critic='wgan-gp', kimg=0.012, echo=told.append)
-    assert '"critic": "logistic"' in (directory / 'training_options.json').read_text() and '"slice": "w"' in told[0]
+    assert '"critic": "logistic"' in (directory / 'training_options.json').read_text() and '"slice": "w"' in told[1]
+    assert told[0].startswith('WARNING: --slice=8, --critic=wgan-gp, ') and 'ignored' in told[0]
     assert int(checkpoint.read(directory / checkpoint.FILE_NAME)['counters']['cur_nimg']) == 12
 
 
