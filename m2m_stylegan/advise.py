@@ -132,7 +132,7 @@ def _variant(job: transfer.Job, train: str, res: int | None = None) -> transfer.
     options = dataclasses.replace(job.options, train=train, slice=res and slicing.slice_name(res),
                                   prepare_kimg=job.options.prepare_kimg if train == 'low-res' else None)
     found = dataclasses.replace(job, options=options, stages=stages(options, job.dataset.resolution, job.device))
-    transfer.check_group(transfer.group_size(job.snapshot.D), found.loop.batch_gpu)
+    transfer.check_group(transfer.group_size(job.snapshot), found.loop.batch_gpu)
     return found
 
 

@@ -78,15 +78,12 @@ def check_same_files(job, directory: Path) -> None:
 def resumed_options(options: TransferOptions, directory: Path) -> TransferOptions:
     """The options that the run was started with; from the new command line come only the limits, --batch-gpu and where to run."""
     try:
-        stored = read_options(directory)
-        old = TransferOptions(**stored['options'])
-        # The batch, and what is worked out from it, is not to change with the machine that the run goes on on.
-        batch = old.batch or ('stages' in stored and int(stored['stages'][-1]['batch_size'])) or None
-    except (KeyError, TypeError, ValueError, IndexError) as err:
+        old = TransferOptions(**read_options(directory)['options'])
+    except (KeyError, TypeError) as err:
         raise UserError(f'--resume: the options in {directory} are not from this version ({type(err).__name__}: {err}).') from err
     fresh = {name: getattr(options, name) for name in ('kimg', 'minutes', 'batch_gpu') if getattr(options, name) is not None}
     machine = {name: getattr(options, name) for name in ('device', 'workers', 'gpus')}
-    return dataclasses.replace(old, **fresh, **machine, batch=batch, resume=str(directory), dry_run=options.dry_run)
+    return dataclasses.replace(old, **fresh, **machine, resume=str(directory), dry_run=options.dry_run)
 
 
 def say_ignored(given: TransferOptions, used: TransferOptions, echo: Callable[[str], None]) -> None:

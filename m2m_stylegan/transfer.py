@@ -93,7 +93,7 @@ def plan(options: TransferOptions) -> Job:
     if options.subset is not None and options.subset > num_images:
         raise UserError(f'--subset={options.subset}: {dataset.path} has only {num_images} images.')
     if loop.codes is None:
-        check_group(4 if snapshot is None else group_size(snapshot.D), loop.batch_gpu)
+        check_group(group_size(snapshot), loop.batch_gpu)
     dataset_kwargs = {
         'class_name': 'training.dataset.ImageFolderDataset', 'path': str(Path(dataset.path).resolve()), 'use_labels': options.cond,
         'max_size': num_images, 'xflip': options.mirror, 'resolution': dataset.resolution}
@@ -134,9 +134,11 @@ def check_resolution(options: TransferOptions, dataset: ImageDataset) -> None:
         raise UserError(f'{dataset.path} has images of {side} x {side} pixels:\n' + '\n'.join(f'  * {problem}' for problem in problems))
 
 
-def group_size(D) -> int | None:
-    """Number of images that D's minibatch standard deviation compares; None: all."""
-    return D.b4.mbstd.group_size if D.b4.mbstd is not None else 1
+def group_size(snapshot: snapshots.Snapshot | None) -> int | None:
+    """Number of images that the minibatch standard deviation of its D compares; None: all. Without a snapshot, that of a new D."""
+    if snapshot is None:
+        return 4
+    return snapshot.D.b4.mbstd.group_size if snapshot.D.b4.mbstd is not None else 1
 
 
 def check_group(group: int | None, batch_gpu: int) -> None:
@@ -175,8 +177,8 @@ def training_options(job: Job, directory: Path) -> dict:
                 'resume_pkl': None if job.network_path is None else str(job.network_path), 'ada_kimg': loop.ada_kimg}
     content |= {key: value for key, value in optional.items() if value is not None}
     content |= {'cudnn_benchmark': not options.nobench, 'allow_tf32': options.allow_tf32, 'run_dir': str(directory)}
-    # What --resume reads: the files that were really used, wherever the command is run from next time.
-    stored = {**dataclasses.asdict(options), 'outdir': str(Path(options.outdir).resolve()),
+    # What --resume reads: the files that were really used, wherever the command is run from next time, and the batch, from which more is worked out.
+    stored = {**dataclasses.asdict(options), 'batch': loop.batch_size, 'outdir': str(Path(options.outdir).resolve()),
               'data': None if options.data is None else str(Path(options.data).resolve()),
               'network': 'none' if job.network_path is None else str(job.network_path.resolve())}
     stages = [{key: value for key, value in dataclasses.asdict(stage).items() if value is not None and (key not in PIXEL_OPTIONS or not stage.codes)}
@@ -363,7 +365,7 @@ def run_process(options: TransferOptions, start_time: float, echo: Callable[[str
         echo('Dry run; nothing was written.')
         return None
     directory = resume_dir or distributed.from_main(run_dir.next_run_dir, options.outdir, run_description(job))
-    with faults.explained(directory, job.loop, group_size(job.snapshot.D) if job.snapshot else 4), contextlib.ExitStack() as stack:
+    with faults.explained(directory, job.loop, group_size(job.snapshot)), contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             stack.enter_context(locks.exclusive(directory / '.lock', busy=f'{directory} is being trained by another process.'))
             clear_remains(directory)
